@@ -1,0 +1,137 @@
+"""The result tables of one audit, as the report reads them: loading, order, and which row speaks for a model."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+TEXT = {"model", "model_a", "model_b", "technique", "setting", "access", "attack", "role_pair", "task", "metric"}
+TEXT |= {"ci_kind", "seed", "gate", "verdict", "measure"}
+COLUMNS = {
+    "membership.csv": "model technique setting access attack role_pair task metric value ci_low ci_high ci_kind "
+    "n_members n_nonmembers seed",
+    "differences.csv": "model_a model_b setting access attack role_pair task metric difference ci_low ci_high ci_kind "
+    "p_value p_corrected n_members n_nonmembers seed",
+    "gates.csv": "gate model task metric value ci_low ci_high n seed verdict",
+    "utility.csv": "model technique setting measure value ci_low ci_high n seed",
+    "roc.parquet": "model attack role_pair seed fpr tpr",
+}
+KINDS = ("base_student", "base_teacher", "reference", "null", "swap", "swap_student", "student", "direct", "teacher")
+MAIN_PAIR = "private-heldout"
+
+
+def kind(model: str) -> str:
+    """What a run is, from its name: `students/kd` -> `student`; a name of its own kind (`null`) stays as it is."""
+    return {"students": "student", "swap_students": "swap_student"}.get(model.split("/")[0], model)
+
+
+def in_order(models) -> list[str]:
+    """Models in the order of the story: bases, null, swap, students, direct, teacher; by name within a kind."""
+    rank = {name: i for i, name in enumerate(KINDS)}
+    return sorted(set(models), key=lambda m: (rank.get(kind(m), len(KINDS)), m))
+
+
+def pooled(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows that speak for a model: seed `all` where several seeds were run, else the seed there is."""
+    known = ("model", "model_a", "model_b", "attack", "role_pair", "task", "metric", "measure", "gate")
+    keys = [frame[k] for k in known if k in frame]
+    whole = frame["seed"] == "all"
+    return frame[whole | ~whole.groupby(keys).transform("any")] if len(frame) else frame
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything the report shows. Frames have the columns of COLUMNS; absent optional files are empty frames."""
+
+    summary: dict
+    membership: pd.DataFrame
+    differences: pd.DataFrame
+    gates: pd.DataFrame
+    utility: pd.DataFrame
+    roc: pd.DataFrame
+
+    @cached_property
+    def headline(self) -> dict:
+        """The summary's headline; where it names no model, attack or pair, the first ones of the tables."""
+        given = {k: v for k, v in (self.summary.get("headline") or {}).items() if v is not None}
+        first = next((m for m in self.models if kind(m) == "student"), self.models[-1])
+        attacks = self.membership["attack"].unique()
+        return {"model": first, "attack": attacks[0], "role_pair": MAIN_PAIR} | given
+
+    @cached_property
+    def models(self) -> list[str]:
+        return in_order(self.membership["model"])
+
+    @cached_property
+    def attacks(self) -> list[str]:
+        """Attack ids, the headline's first, the others as the table has them."""
+        first = self.headline["attack"]
+        return [first, *(a for a in self.membership["attack"].unique() if a != first)]
+
+    @cached_property
+    def chain(self) -> list[str]:
+        """The models of the card's picture: null or reference, swap, the audited one and its swap, direct, teacher."""
+        student = self.headline["model"]
+        twin = student.replace("students/", "swap_students/", 1)
+        return [m for m in self.models if m in ("reference", "null", "swap", twin, student, "direct", "teacher")]
+
+    @cached_property
+    def runs(self) -> dict[str, dict]:
+        return {run["model"]: run for run in self.summary.get("runs") or []}
+
+    @cached_property
+    def settings(self) -> dict[str, str]:
+        """Model -> `disjoint`, `shared` or `-`."""
+        return dict(zip(self.membership["model"], self.membership["setting"].replace("", "-"), strict=True))
+
+    def setting_words(self, models) -> str:
+        """The settings of these models for a title, e.g. `disjoint setting`."""
+        found = sorted({self.settings.get(m, "-") for m in models} - {"-"})
+        return (" and ".join(found) + (" setting" if len(found) == 1 else " settings")) if found else "no setting"
+
+    def leaks(self, models, *, attack: str, metric: str = "auc", task: str = "all") -> pd.DataFrame:
+        """One row per model, in the order given: the headline's role pair, else private-heldout."""
+        m = pooled(self.membership)
+        m = m[m["model"].isin(models) & (m["attack"] == attack) & (m["metric"] == metric) & (m["task"] == task)]
+        rank = {self.headline["role_pair"]: 0, MAIN_PAIR: 1}
+        m = m.assign(rank=m["role_pair"].map(rank)).dropna(subset="rank").sort_values("rank", kind="stable")
+        m = m.drop_duplicates("model").set_index("model")
+        return m.loc[[name for name in models if name in m.index]].drop(columns="rank").reset_index()
+
+    def utility_rows(self, models, measure: str = "dev_loss") -> pd.DataFrame:
+        """One row per model that has this measure, in the order given."""
+        u = pooled(self.utility)
+        u = u[u["measure"] == measure].drop_duplicates("model").set_index("model")
+        return u.loc[[m for m in models if m in u.index]].reset_index()
+
+
+def _read(folder: Path, name: str) -> pd.DataFrame:
+    columns = COLUMNS[name].split()
+    path = folder / name
+    if not path.exists():
+        return pd.DataFrame({c: pd.Series(dtype=str if c in TEXT else float) for c in columns})
+    if path.suffix == ".parquet":
+        frame = pd.read_parquet(path)
+    else:
+        # `null` is the name of a model here: only an empty field is missing.
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if absent := [c for c in columns if c not in frame]:
+        raise ValueError(f"{path}: no column {', '.join(absent)}; run the attack stage of this version again")
+    for c in columns:
+        frame[c] = frame[c].astype(str) if c in TEXT else pd.to_numeric(frame[c].replace("", None)).astype(float)
+    return frame[columns]
+
+
+def load(report_dir: str | Path) -> Results:
+    """Read `report_dir`. Raises FileNotFoundError without summary.json or membership.csv, ValueError on a table that
+    lacks columns or rows. differences, gates, utility and roc may be absent."""
+    folder = Path(report_dir)
+    for name in ("summary.json", "membership.csv"):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder / name} is missing; run the attack stage first, it writes this file")
+    frames = {name.split(".")[0]: _read(folder, name) for name in COLUMNS}
+    if frames["membership"].empty:
+        raise ValueError(f"{folder / 'membership.csv'} has no rows: no model was attacked, so nothing can be reported")
+    return Results(summary=json.loads((folder / "summary.json").read_text(encoding="utf-8")), **frames)

@@ -1,0 +1,302 @@
+"""The sections of the page below the card: tables of every leak, gate, difference and setting, beside their figures."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from attacks.report.figures import Picture
+from attacks.report.markup import (
+    Html,
+    counted,
+    figure,
+    finite,
+    folded,
+    is_rate,
+    join,
+    listed,
+    measured,
+    metric_name,
+    p_value,
+    signed,
+    table,
+    tag,
+    text,
+    verdict,
+)
+from attacks.report.results import MAIN_PAIR, Results, in_order, pooled
+
+CANARY_PAIR = "canary_in-canary_out"
+OVER = {"both": "seeds and examples"}
+CANARY_RULE = (
+    "Chosen without a look at the models: canaries that went into the teacher's training data and not into the "
+    "student's come first; of each number of repeats the one whose id, a hash of its content, sorts first; then by id, "
+    "up to three."
+)
+RUN_COLUMNS = {
+    "technique": "Technique", "setting": "Setting", "train_roles": "Trained on", "teacher": "Teacher",
+    "init": "Started from", "recipe": "Recipe", "n_params": "Parameters", "seeds": "Seeds", "step": "Step",
+}  # fmt: skip
+
+
+def all_sections(results: Results, pictures: dict[str, Picture], show_canaries: bool) -> dict[str, tuple[str, Html]]:
+    """Anchor -> (title, content), in the order of the page; sections with nothing to say are left out."""
+    found = {
+        "leaks": ("Leak by model", _leaks(results, pictures)),
+        "roc": ("Few false alarms", figure(pictures.get("roc"))),
+        "attacks": ("All attacks", _attacks(results, pictures)),
+        "tasks": ("By task", _by_task(results, pictures)),
+        "differences": ("Differences", _differences(results)),
+        "gates": ("Gates", _gates(results)),
+        "utility": ("Utility", _utility(results)),
+        "canaries": ("Canaries", _canaries(results, show_canaries)),
+        "runs": ("Runs", _runs(results)),
+        "settings": ("Data, settings, versions", _settings(results.summary)),
+    }
+    return {anchor: (title, content) for anchor, (title, content) in found.items() if content}
+
+
+def _heading(frame: pd.DataFrame, caption: str) -> tuple[str, bool]:
+    """The caption with what all rows share: what the intervals are over, and the attack where there is only one (else
+    each row must name its own, which the second value says)."""
+    over = " or ".join(sorted({OVER.get(k, k) for k in frame["ci_kind"]} - {""})) or "not stated"
+    attacks = (frame["attack"] + " (" + frame["access"] + ")").unique()
+    said = f"Attack: {attacks[0]}. " if len(attacks) == 1 else ""
+    return f"{said}{caption} Intervals: 95 %, over {over}.", not said
+
+
+def _sorted(results: Results, frame: pd.DataFrame) -> pd.DataFrame:
+    """By role pair, then model, attack, task and seed, in the order of the story."""
+    rank = {
+        "role_pair": {MAIN_PAIR: 0, "heldout-private": 1, "averaged": 2, CANARY_PAIR: 3},
+        "model": {name: i for i, name in enumerate(results.models)},
+        "attack": {name: i for i, name in enumerate(results.attacks)},
+    }
+    columns = [*rank, "task", "seed"]
+    return frame.sort_values(columns, key=lambda c: c.map(rank[c.name]) if c.name in rank else c, kind="stable")
+
+
+def _dev_loss(results: Results, model: str, seed: str) -> Html:
+    """The utility of a model, of this seed where it was measured."""
+    u = results.utility
+    u = u[(u["model"] == model) & (u["measure"] == "dev_loss")]
+    exact = u[u["seed"] == seed]
+    u = exact if len(exact) else pooled(u)
+    return measured(*u.iloc[0][["value", "ci_low", "ci_high"]]) if len(u) else text("–")
+
+
+def _leak_table(results: Results, frame: pd.DataFrame, caption: str) -> Html:
+    """One row per model, attack, role pair and seed; one column per metric; reasons for empty cells as footnotes."""
+    present = set(frame["metric"])
+    rates = sorted((m for m in present if is_rate(m)), key=lambda m: -float(m.rsplit("_", 1)[1]))
+    metrics = [m for m in ("auc", "balanced_accuracy") if m in present] + rates
+    keys = ["role_pair", "model", "attack", "task", "seed"]
+    unresolved = results.summary.get("unresolved") or []
+    known = {(*(str(u.get(k)) for k in keys), u.get("metric")): u["reason"] for u in unresolved}
+    caption, several = _heading(frame, caption)
+    marks: dict[str, int] = {}
+    rows = []
+    for key, group in _sorted(results, frame).groupby(keys, sort=False):
+        pair, model, attack, _, seed = key
+        first, cells = group.iloc[0], {}
+        by_metric = group.set_index("metric")[["value", "ci_low", "ci_high"]]
+        for metric in metrics:
+            numbers = tuple(by_metric.loc[metric]) if metric in by_metric.index else (np.nan,) * 3
+            cells[metric_name(metric)] = measured(*numbers, percent=is_rate(metric))
+            if not finite(numbers[0]) and (reason := known.get((*key, metric))):
+                mark = marks.setdefault(reason, len(marks) + 1)
+                words = "not resolvable" if is_rate(metric) else "not computed"
+                cells[metric_name(metric)] = join(tag("span", words, css="none"), tag("sup", mark))
+        rows.append({
+            "Model": model, "Setting": first["setting"] or "-",
+            **({"Attack (access)": f"{attack} ({first['access']})"} if several else {}), "Roles": pair, **cells,
+            "Members / non-members": counted(first["n_members"], first["n_nonmembers"]), "Seed": seed,
+            "Dev loss": _dev_loss(results, model, seed),
+        })  # fmt: skip
+    notes = [tag("p", join(tag("sup", mark), " ", reason)) for reason, mark in marks.items()]
+    return join(table(rows, caption, results.headline["model"]), *notes)
+
+
+def _leaks(results: Results, pictures: dict[str, Picture]) -> Html:
+    attack, m = results.headline["attack"], results.membership
+    m = m[(m["task"] == "all") & (m["role_pair"] != CANARY_PAIR) & (m["attack"] == attack)]
+    if m.empty:
+        return Html("")
+    caption = "The audited model is tinted."
+    parts = [figure(pictures.get("students")), _leak_table(results, pooled(m), caption)]
+    if m["seed"].nunique() > 1:
+        parts.append(folded("The same for every seed", _leak_table(results, m[m["seed"] != "all"], caption)))
+    return join(*parts)
+
+
+def _attacks(results: Results, pictures: dict[str, Picture]) -> Html:
+    m = pooled(results.membership)
+    m = m[(m["task"] == "all") & (m["role_pair"] != CANARY_PAIR)]
+    caption = "Every attack on every model. Many comparisons, not corrected for their number."
+    parts = [figure(pictures.get("heatmap")), folded("Table of all attacks", _leak_table(results, m, caption))]
+    reasons = Counter(u["reason"] for u in results.summary.get("unresolved") or [])
+    lines = [f"{number:,} value{'s' if number != 1 else ''}: {reason}" for reason, number in reasons.most_common()]
+    return join(*parts, folded("What could not be computed, and why", listed(lines)) if lines else "")
+
+
+def _by_task(results: Results, pictures: dict[str, Picture]) -> Html:
+    attack, m = results.headline["attack"], pooled(results.membership)
+    m = m[(m["task"] != "all") & (m["attack"] == attack) & m["model"].isin(results.chain)]
+    if m.empty:
+        return tag("p", "There are no results by task.")
+    caption = f"Attack: {attack}. Slices, not corrected for their number. Other models and attacks: membership.csv."
+    rows = [{
+        "Model": r.model, "Setting": r.setting or "-", "Task": r.task, "Roles": r.role_pair,
+        metric_name("auc"): measured(r.value, r.ci_low, r.ci_high),
+        "Members / non-members": counted(r.n_members, r.n_nonmembers), "Seed": r.seed,
+        "Dev loss (all tasks)": _dev_loss(results, r.model, r.seed),
+    } for r in _sorted(results, m[m["metric"] == "auc"]).itertuples()]  # fmt: skip
+    whole = table(rows, caption, results.headline["model"])
+    if "tasks" in pictures:
+        return join(figure(pictures["tasks"]), folded("Table by task", whole))
+    return join(tag("p", "There are too few tasks for a picture."), whole)
+
+
+def _differences(results: Results) -> Html:
+    attack, d = results.headline["attack"], pooled(results.differences)
+    main = d[(d["task"] == "all") & (d["attack"] == attack) & (d["metric"] == "auc")]
+    rest = d.drop(main.index)
+    if d.empty:
+        return tag("p", "No two models were compared.")
+    note = (
+        "Paired on the same records: what one model shows above the other. The p-value is two-sided, then corrected "
+        "(Holm) for all comparisons of its family."
+    )
+    parts = [tag("p", note)]
+    parts += [_difference_table(results, main, "Difference of AUC.")] if len(main) else []
+    parts += [folded("All other comparisons", _difference_table(results, rest, "Other attacks."))] if len(rest) else []
+    return join(*parts)
+
+
+def _difference_table(results: Results, frame: pd.DataFrame, caption: str) -> Html:
+    def reading(p: float) -> str:
+        return "–" if not finite(p) else "they differ" if p < 0.05 else "no difference resolved"
+
+    caption, several = _heading(frame, caption)
+    rows = [{
+        "Models": f"{r.model_a} − {r.model_b}", "Setting": r.setting or "-",
+        **({"Attack (access)": f"{r.attack} ({r.access})"} if several else {}), "Roles": r.role_pair,
+        "Metric": metric_name(r.metric),
+        "Difference": measured(r.difference, r.ci_low, r.ci_high, percent=is_rate(r.metric)),
+        "p": p_value(r.p_value), "p corrected": p_value(r.p_corrected), "Reading": reading(r.p_corrected),
+        "Members / non-members": counted(r.n_members, r.n_nonmembers), "Seed": r.seed,
+        "Dev loss of either": join(*(tag("span", _dev_loss(results, m, r.seed), css="line")
+                                     for m in (r.model_a, r.model_b)), separator=" "),
+    } for r in frame.itertuples()]  # fmt: skip
+    return table(rows, caption)
+
+
+def _gates(results: Results) -> Html:
+    g = pooled(results.gates)
+    if g.empty:
+        return tag("p", "No gate was run: nothing shows that the split itself does not leak.", css="bad")
+    note = (
+        "Checks that must hold before an attack's number means anything. Blind: can the words alone tell the two "
+        "halves apart? (Its intervals are wider than 95 %, since the best of several classifiers counts.) Null: do "
+        "models that never saw private data stay at chance? Utility: did the student learn at all? Abstentions: how "
+        "many records an attack could say nothing about. Single seeds, where there are several: gates.csv."
+    )
+
+    def value(r) -> Html:
+        is_count = finite(r.value) and not finite(r.ci_low) and float(r.value).is_integer()
+        return text(f"{r.value:,.0f}") if is_count else measured(r.value, r.ci_low, r.ci_high)
+
+    rows = [{
+        "Gate": r.gate, "Model": r.model or "–", "Setting": results.settings.get(r.model, "-"),
+        "Task": r.task or "all", "Metric": metric_name(r.metric), "Value": value(r),
+        "n": f"{r.n:,.0f}" if finite(r.n) else "–",
+        "Seed": r.seed or "–", "Verdict": verdict(r.verdict),
+    } for r in g.itertuples()]  # fmt: skip
+    return join(tag("p", note), table(rows))
+
+
+def _utility(results: Results) -> Html:
+    u = pooled(results.utility)
+    if u.empty:
+        return tag("p", "Utility was not measured: a low leak may only mean a model that learned nothing.", css="bad")
+    measures, rows = list(u["measure"].unique()), []
+    for model in in_order(u["model"]):
+        for seed, group in u[u["model"] == model].groupby("seed", sort=False):
+            by = group.set_index("measure")[["value", "ci_low", "ci_high"]]
+            cells = {m.replace("_", " ").capitalize(): measured(*by.loc[m]) if m in by.index else "–" for m in measures}
+            first = group.iloc[0]
+            rows.append({
+                "Model": model, "Technique": first["technique"] or "-", "Setting": first["setting"] or "-", **cells,
+                "n": " / ".join(dict.fromkeys(f"{n:,.0f}" for n in group["n"])), "Seed": seed,
+            })  # fmt: skip
+    return table(rows, "Losses in nats per token, with 95 % intervals; lower is better.", results.headline["model"])
+
+
+def choose_canaries(canaries: list[dict]) -> list[dict]:
+    """At most three canaries by CANARY_RULE, in the order of their repeats. Looks at no model's answer."""
+    inside = [c for c in canaries if c.get("coin") == 1 and c.get("placement") == "teacher_only"]
+    chosen: dict[str, dict] = {}
+    for pool in (inside, canaries):
+        pool = sorted(pool, key=lambda c: c["example_id"])
+        first_of = {c["repeats"]: c for c in reversed(pool)}
+        chosen |= {c["example_id"]: c for c in [*(first_of[r] for r in sorted(first_of)), *pool]} | chosen
+    return sorted(list(chosen.values())[:3], key=lambda c: (c["repeats"], c["example_id"]))
+
+
+def _canaries(results: Results, show: bool) -> Html:
+    m = pooled(results.membership)
+    m = m[(m["role_pair"] == CANARY_PAIR) & (m["task"] == "all")]
+    canaries = results.summary.get("canaries") or []
+    caption = "Canaries that were put in against canaries that were left out."
+    parts = [_leak_table(results, m, caption)] if len(m) else []
+    if canaries and not show:
+        parts.append(tag("p", "Their texts are not shown (show_canaries is off)."))
+    elif canaries:
+        parts += [tag("h3", "Three canaries, word for word"), tag("p", f"Invented records. {CANARY_RULE}")]
+        parts += [_canary(results, c) for c in choose_canaries(canaries)]
+    return join(*parts)
+
+
+def _canary(results: Results, canary: dict) -> Html:
+    """One canary, and what teacher, student and null make of it."""
+    truth, answers = canary["response"].strip(), canary.get("models") or {}
+    rows = [{
+        "Model": model, "Setting": results.settings.get(model, "-"), "What it answers": answers[model]["guess"],
+        "Exact": "yes" if answers[model]["guess"].strip() == truth else "no",
+        "Mean log-probability of the true answer (nats per token)": signed(answers[model].get("mean_logp")) or "–",
+    } for model in ("teacher", results.headline["model"], "null") if model in answers]  # fmt: skip
+    times = f"{canary['repeats']} repeat{'s' if canary['repeats'] != 1 else ''}"
+    where = f"{times}, placement {canary['placement']}, {'put in' if canary.get('coin') == 1 else 'left out'}"
+    said = join(tag("b", "Prompt:"), f" {canary['prompt']}\n", tag("b", "True answer:"), f" {truth}")
+    return join(tag("h3", where), tag("p", said, css="plain"), table(rows) if rows else "")
+
+
+def _words(value) -> str:
+    if value in (None, "", []):
+        return "–"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _runs(results: Results) -> Html:
+    rows = [{"Model": model} | {title: _words(results.runs[model].get(key)) for key, title in RUN_COLUMNS.items()}
+            for model in in_order(results.runs)]  # fmt: skip
+    return table(rows, audited=results.headline["model"]) if rows else Html("")
+
+
+def _flat(tree: dict, prefix: str = "") -> Iterator[dict]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            # Not _words: a setting is printed as it was set, without separators.
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield {"Name": f"{prefix}{key}", "Value": shown}
+
+
+def _settings(summary: dict) -> Html:
+    titles = {"data": "Data", "run_settings": "Settings", "versions": "Versions"}
+    told = [(title, summary[key]) for key, title in titles.items() if summary.get(key)]
+    return join(*(join(tag("h3", title), tag("div", table(list(_flat(tree))), css="pairs")) for title, tree in told))

@@ -1,0 +1,263 @@
+"""Rows of membership.csv, differences.csv and roc.parquet.
+
+A row whose value cannot be computed has `value` None and the `reason`; `audit` moves the reason into summary.json.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+
+from attacks import membership
+from attacks.statistics import (
+    Difference,
+    Influence,
+    Interval,
+    auc_influence,
+    balanced_accuracy,
+    difference,
+    holm,
+    interval,
+    logit_interval,
+    paired_difference,
+    percentile_interval,
+    resampled_tpr,
+    roc,
+    tpr_at_fpr,
+)
+from attacks.study import CANARIES, Pair, Study, Unresolved
+
+FPRS = (0.25, 0.05, 0.01, 0.001)
+Sample = list[Pair]    # what one value of one seed is the mean over: one pair, or two for `averaged`
+
+
+# --- estimates over one or several seeds -----------------------------------------------------------------------------
+
+
+def influence(sample: Sample, statistic: Callable[[Pair], Influence]) -> Influence:
+    """The statistic of a sample; the second pair of `averaged` has members and non-members exchanged."""
+    first, *second = [statistic(pair) for pair in sample]
+    return first.mean_with(second[0].swapped()) if second else first
+
+
+def auc_of(sample: Sample) -> Influence:
+    return influence(sample, lambda pair: auc_influence(pair.members, pair.nonmembers))
+
+
+def resampled(study: Study, influences: list[Influence], samples: list[Sample]) -> np.ndarray:
+    """Bootstrap means [B] over seeds drawn anew of values over examples drawn anew."""
+    draws = [study.resampler.counts(sample[0].member_ids) for sample in samples]
+    others = [study.resampler.counts(sample[0].nonmember_ids) for sample in samples]
+    values = [i.resampled(m, n) for i, m, n in zip(influences, draws, others, strict=True)]
+    return study.resampler.over_seeds(np.stack(values, axis=1))
+
+
+def estimate(study: Study, influences: list[Influence], samples: list[Sample]) -> Interval:
+    """Interval over examples for one seed; over seeds and examples for several."""
+    if len(samples) == 1:
+        return interval(influences[0])
+    spread = resampled(study, influences, samples).std(ddof=1)
+    value = float(np.mean([i.value for i in influences]))
+    return logit_interval(value, spread, *_sizes(samples))
+
+
+def compare(study: Study, a: list[Influence], b: list[Influence], samples: list[Sample]) -> Difference:
+    """a - b, seed by seed on the same examples; both lists in the order of `samples`."""
+    if len(samples) == 1:
+        return paired_difference(a[0], b[0])
+    gaps = [x.minus(y) for x, y in zip(a, b, strict=True)]
+    return difference(float(np.mean([g.value for g in gaps])), float(resampled(study, gaps, samples).std(ddof=1)))
+
+
+def _rates(study: Study, samples: list[Sample]) -> list[Interval | str]:
+    """TPR at each of FPRS, or the reason why there is none."""
+    values = [[[tpr_at_fpr(p.members, p.nonmembers, f) for f in FPRS] for p in sample] for sample in samples]
+    draws = np.stack([np.mean([_drawn_rates(study, p) for p in sample], axis=0) for sample in samples], axis=1)
+    fewest = min(len(pair.nonmembers) for sample in samples for pair in sample)
+    rates: list[Interval | str] = []
+    for column, fpr in enumerate(FPRS):
+        each = [pair[column] for sample in values for pair in sample]
+        if None in each:
+            rates.append(f"too few non-members: an FPR of {100 * fpr:g} % needs {np.ceil(1 / fpr):.0f} or more, "
+                         f"there are {fewest}")
+        else:
+            drawn = draws[:, :, column]
+            drawn = drawn[:, 0] if len(samples) == 1 else study.resampler.over_seeds(drawn)
+            rates.append(percentile_interval(float(np.mean(each)), drawn, _sizes(samples)[0]))
+    return rates
+
+
+def _drawn_rates(study: Study, pair: Pair) -> np.ndarray:
+    counts = [study.resampler.counts(ids) for ids in (pair.member_ids, pair.nonmember_ids)]
+    return resampled_tpr(pair.members, pair.nonmembers, *counts, FPRS)
+
+
+def _sizes(samples: list[Sample]) -> tuple[int, int]:
+    pair = samples[0][0]
+    return len(pair.members), len(pair.nonmembers)
+
+
+# --- membership.csv --------------------------------------------------------------------------------------------------
+
+
+def membership_rows(study: Study) -> list[dict]:
+    """Every model x role pair x attack: all metrics on the whole, AUC per task; per seed, and over several seeds."""
+    rows = []
+    for run in study.runs:
+        for role_pair in study.role_pairs(run):
+            for attack in study.attacks(run):
+                rows += _attack_rows(study, run, role_pair, attack)
+    return rows
+
+
+def by_seed(study: Study, run: str, attack: str, role_pair: str) -> tuple[dict[int, Sample], dict[int, str]]:
+    """The samples of a run's seeds, and the reasons of those that have none."""
+    samples, reasons = {}, {}
+    for seed in study.seeds(run):
+        try:
+            samples[seed] = study.pairs(run, seed, attack, role_pair)
+        except Unresolved as why:
+            reasons[seed] = str(why)
+    return samples, reasons
+
+
+def _attack_rows(study: Study, run: str, role_pair: str, attack: str) -> list[dict]:
+    samples, reasons = by_seed(study, run, attack, role_pair)
+    head = study.head(run) | {"access": membership.access(attack), "attack": attack, "role_pair": role_pair}
+    blocks: dict[int | str, list[Sample] | str] = {seed: [sample] for seed, sample in samples.items()} | reasons
+    if len(blocks) > 1:
+        blocks["all"] = list(samples.values()) if not reasons else "; ".join(dict.fromkeys(reasons.values()))
+    rows = []
+    for seed, block in blocks.items():
+        at = head | {"task": "all", "seed": seed}
+        if isinstance(block, str):
+            rows += [at | {"metric": metric, "reason": block} for metric in _metrics(study, role_pair)]
+            continue
+        rows += _whole_rows(study, at, block)
+        if study.settings["tasks"]:
+            tasks = {str(t) for p in block[0] for t in (*np.unique(p.member_task), *np.unique(p.nonmember_task))}
+            rows += [_task_row(study, at | {"task": task}, block) for task in sorted(tasks - {"all"})]
+    return rows
+
+
+def _metrics(study: Study, role_pair: str) -> list[str]:
+    calibrated = role_pair != CANARIES and any("calib" in table.files for table in study.tables.values())
+    return ["auc", *(f"tpr_at_fpr_{f:g}" for f in FPRS), *(["balanced_accuracy"] if calibrated else [])]
+
+
+def _whole_rows(study: Study, at: dict, block: list[Sample]) -> list[dict]:
+    found: dict[str, Interval | str] = {"auc": estimate(study, [auc_of(sample) for sample in block], block)}
+    found |= {f"tpr_at_fpr_{f:g}": rate for f, rate in zip(FPRS, _rates(study, block), strict=True)}
+    metrics = _metrics(study, at["role_pair"])
+    if "balanced_accuracy" in metrics:
+        try:
+            accuracies = [influence(sample, lambda p: balanced_accuracy(p.members, p.nonmembers, study.threshold(p)))
+                          for sample in block]
+            found["balanced_accuracy"] = estimate(study, accuracies, block)
+        except Unresolved as why:
+            found["balanced_accuracy"] = str(why)
+    return [_row(at | {"metric": metric}, found[metric], block) for metric in metrics]
+
+
+def _task_row(study: Study, at: dict, block: list[Sample]) -> dict:
+    try:
+        part = [[pair.only(at["task"]) for pair in sample] for sample in block]
+    except Unresolved as why:
+        return at | {"metric": "auc", "reason": str(why)}
+    return _row(at | {"metric": "auc"}, estimate(study, [auc_of(sample) for sample in part], part), part)
+
+
+def _row(at: dict, found: Interval | str, block: list[Sample]) -> dict:
+    sizes = dict(zip(("n_members", "n_nonmembers"), _sizes(block), strict=True))
+    if isinstance(found, str):
+        return at | sizes | {"reason": found}
+    return at | sizes | {"value": found.value, "ci_low": found.low, "ci_high": found.high,
+                         "ci_kind": "both" if len(block) > 1 else "examples"}
+
+
+# --- differences.csv -------------------------------------------------------------------------------------------------
+
+
+def difference_rows(study: Study) -> list[dict]:
+    """Paired AUC differences: student against null, its swap, its teacher and every other student, Holm-corrected.
+
+    The family of the correction is all comparisons of one role pair, attack name and seed.
+    """
+    rows = []
+    for a, b, role_pair in _comparisons(study):
+        for attack in study.attacks(a):
+            if attack in study.attacks(b):
+                rows += _compared(study, a, b, role_pair, attack)
+    families: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if "reason" not in row:
+            families.setdefault((row["role_pair"], membership.parse(row["attack"])[0], row["seed"]), []).append(row)
+    for family in families.values():
+        for row, p in zip(family, holm([row["p_value"] for row in family]), strict=True):
+            row["p_corrected"] = float(p)
+    return rows
+
+
+def _comparisons(study: Study) -> list[tuple[str, str, str]]:
+    found = []
+    for i, student in enumerate(study.students):
+        others = ["null", study.swap(student), study.provenance(student).get("teacher") or "teacher"]
+        others = [run for run in dict.fromkeys(others) if run in study.runs]
+        found += [(student, b, "private-heldout") for b in (*others, *study.students[i + 1:])]
+        found += [(student, b, "averaged") for b in (*others, *study.students[i + 1:])
+                  if study.swap(student) and study.swap(b)]
+    return found
+
+
+def _compared(study: Study, a: str, b: str, role_pair: str, attack: str) -> list[dict]:
+    head = {"model_a": a, "model_b": b, "setting": study.head(a)["setting"], "access": membership.access(attack),
+            "attack": attack, "role_pair": role_pair, "task": "all", "metric": "auc"}
+    blocks: dict[int | str, tuple | str] = {}
+    for seed in study.seeds(a):
+        try:
+            other = study.match(b, seed)
+            if other is None:
+                raise Unresolved(f"{b} has no seed {seed}")
+            both = study.pairs(a, seed, attack, role_pair), study.pairs(b, other, attack, role_pair)
+            if not same_examples(*both):
+                raise Unresolved(f"{a} and {b} were scored on different examples")
+            blocks[seed] = ([both[0]], [both[1]])
+        except Unresolved as why:
+            blocks[seed] = str(why)
+    if len(blocks) > 1:
+        reasons = [block for block in blocks.values() if isinstance(block, str)]
+        blocks["all"] = "; ".join(dict.fromkeys(reasons)) or tuple(
+            [block[side][0] for block in blocks.values()] for side in (0, 1))
+    rows = []
+    for seed, block in blocks.items():
+        if isinstance(block, str):
+            rows.append(head | {"seed": seed, "reason": block})
+            continue
+        gap = compare(study, *([auc_of(sample) for sample in side] for side in block), block[0])
+        m, n = _sizes(block[0])
+        rows.append(head | {"seed": seed, "difference": gap.value, "ci_low": gap.low, "ci_high": gap.high,
+                            "ci_kind": "both" if len(block[0]) > 1 else "examples", "p_value": gap.p,
+                            "n_members": m, "n_nonmembers": n})
+    return rows
+
+
+def same_examples(a: Sample, b: Sample) -> bool:
+    """Are two samples scores of the same members and non-members?"""
+    return np.array_equal(a[0].member_ids, b[0].member_ids) and np.array_equal(a[0].nonmember_ids, b[0].nonmember_ids)
+
+
+# --- roc.parquet -----------------------------------------------------------------------------------------------------
+
+
+def roc_points(study: Study) -> pd.DataFrame:
+    """All ROC points of every model, attack, seed and role pair (`averaged` has no curve of its own)."""
+    frames = []
+    for run in study.runs:
+        for role_pair in (p for p in study.role_pairs(run) if p != "averaged"):
+            for attack in study.attacks(run):
+                for seed, (pair,) in by_seed(study, run, attack, role_pair)[0].items():
+                    fpr, tpr, _ = roc(pair.members, pair.nonmembers)
+                    frames.append(pd.DataFrame({"model": run, "attack": attack, "role_pair": role_pair,
+                                                "seed": str(seed), "fpr": fpr, "tpr": tpr}))
+    columns = ["model", "attack", "role_pair", "seed", "fpr", "tpr"]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)

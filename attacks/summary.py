@@ -1,0 +1,215 @@
+"""summary.json: the headline and its sentence, verdicts, warnings, and what was not computed or not tested."""
+
+import json
+import platform
+import zlib
+from pathlib import Path
+
+import numpy as np
+import scipy
+import sklearn
+
+from attacks.gates import NOT_RUN, SPLIT_LEAKS, UNDERTRAINED, Blind
+from attacks.study import CANARIES, Study
+
+HEADLINE = ("model", "attack", "access", "role_pair", "value", "ci_low", "ci_high", "n_members", "n_nonmembers", "seed")
+
+
+def summarize(study: Study, scores_dir: str | Path, membership: list[dict], differences: list[dict], gates: list[dict],
+              blind: Blind) -> dict:
+    """Everything a reader needs beside the tables; keys as in the README's table of result files."""
+    settings = study.settings
+    headline = _headline(study, membership, blind)
+    comparison = _comparison(study, membership, blind, headline)
+    canaries = Path(scores_dir) / "text" / "canaries.json"
+    return {
+        "title": settings["title"],
+        "headline": headline,
+        "sentence": _sentence(study, headline, comparison, gates, blind),
+        "comparison": comparison,
+        "worst": _worst(study, membership),
+        "verdicts": _verdicts(study, membership, differences, gates, blind, headline),
+        "warnings": _warnings(study, blind),
+        "not_tested": _not_tested(study, membership),
+        "unresolved": [_unresolved(row) for row in (*membership, *differences) if "reason" in row],
+        "runs": [_run(study, run) for run in study.runs],
+        "unit": settings["unit"],
+        "data": settings["data"],
+        "run_settings": settings["run_settings"],
+        "versions": {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__,
+                     "scikit-learn": sklearn.__version__, "zlib": zlib.ZLIB_RUNTIME_VERSION} | settings["versions"],
+        "canaries": json.loads(canaries.read_text(encoding="utf-8")) if canaries.exists() else [],
+    }
+
+
+def _run(study: Study, run: str) -> dict:
+    seeds, told = study.seeds(run), study.provenance(run)
+    known = {key: told.get(key) for key in ("train_roles", "teacher", "init", "recipe", "n_params")}
+    return study.head(run) | known | {"seeds": seeds, "step": study.tables[run, seeds[0]].step}
+
+
+def _unresolved(row: dict) -> dict:
+    model = row.get("model") or f"{row['model_a']} - {row['model_b']}"
+    return {"model": model} | {key: row[key] for key in ("attack", "role_pair", "task", "metric", "seed", "reason")}
+
+
+def _find(rows: list[dict], **wanted) -> dict | None:
+    """The row of all seeds together where there is one, else that of the only seed."""
+    found = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    return next((row for row in found if row.get("seed") == "all"), found[0] if found else None)
+
+
+def _leak(study: Study, membership: list[dict], model: str | None, role_pair: str) -> dict | None:
+    attack = study.settings["primary"]
+    row = _find(membership, model=model, attack=attack, role_pair=role_pair, task="all", metric="auc")
+    return row and {key: row.get(key) for key in HEADLINE} | {"refused": row.get("reason")}
+
+
+def _headline(study: Study, membership: list[dict], blind: Blind) -> dict:
+    settings = study.settings
+    model, attack, role_pair = (settings[key] for key in ("headline_model", "primary", "role_pair"))
+    headline = _leak(study, membership, model, role_pair)
+    if headline is None:
+        headline = dict.fromkeys(HEADLINE) | {"model": model, "attack": attack, "role_pair": role_pair}
+        headline["refused"] = f"{model} has no row of {attack} on {role_pair}"
+    if blind.reason is not None:
+        headline["refused"] = f"the blind gate was not run: {blind.reason}"
+    elif blind.separates:
+        found = _percent(_blind_leak(blind))
+        headline["refused"] = f"the text alone tells members from non-members in {found} of pairs"
+    return headline
+
+
+def _blind_leak(blind: Blind) -> dict:
+    found = blind.interval
+    return {"model": f"blind:{blind.best}", "attack": blind.best, "access": "text", "role_pair": blind.pair.role_pair,
+            "value": found.value, "ci_low": found.low, "ci_high": found.high, "n_members": len(blind.pair.members),
+            "n_nonmembers": len(blind.pair.nonmembers), "seed": "all", "refused": None}
+
+
+def _comparison(study: Study, membership: list[dict], blind: Blind, headline: dict) -> dict:
+    """What stands beside the headline, on private against held-out records: other models have no `averaged` value."""
+    teacher = study.provenance(headline["model"]).get("teacher") or "teacher"
+    others = {"null": "null", "teacher": teacher, "direct": "direct", "swap": study.swap(headline["model"])}
+    found = {name: _leak(study, membership, run, "private-heldout") for name, run in others.items()}
+    return found | {"blind": None if blind.reason is not None else _blind_leak(blind)}
+
+
+def _percent(leak: dict) -> str:
+    return "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * leak[key] for key in ("value", "ci_low", "ci_high")))
+
+
+def _seed_words(study: Study, run: str) -> str:
+    seeds = len(study.seeds(run))
+    return "one seed" if seeds == 1 else f"{seeds} seeds"
+
+
+def _sentence(study: Study, headline: dict, comparison: dict, gates: list[dict], blind: Blind) -> str:
+    model = headline["model"]
+    if headline["refused"] is not None:
+        excess = _find(gates, gate="blind", model=model, metric="auc_minus_blind") if blind.separates else None
+        more = f" Beyond the text, {headline['attack']} adds {_percent(excess)} of pairs." if excess else ""
+        return f"No headline number: {headline['refused']}.{more}"
+    holder = "only the student" if model in study.students else f"only the model {model}"
+    beside = [("without a teacher", "null"), ("the teacher itself", "teacher"), ("from the text alone", "blind")]
+    sizes = f"{headline['n_members']:,} members, {headline['n_nonmembers']:,} non-members, {_seed_words(study, model)}"
+    words = [f"An attacker who holds {holder} ranks a private record above an unseen one in {_percent(headline)} "
+             f"of pairs ({sizes})"]
+    for phrase, name in beside:
+        leak = comparison[name]
+        words.append(f"{phrase} {_percent(leak) if leak and leak['value'] is not None else 'not measured'}")
+    end = ". Models of this size; do not extrapolate."
+    gap = _utility_verdict(gates, model)
+    return "; ".join(words) + end + (f" This model is {UNDERTRAINED}." if gap == UNDERTRAINED else "")
+
+
+def _utility_verdict(gates: list[dict], model: str) -> str | None:
+    row = _find([g for g in gates if g["gate"] == "utility" and not g["metric"].endswith("_null")], model=model)
+    return row and row["verdict"]
+
+
+def _worst(study: Study, membership: list[dict]) -> dict:
+    """The greatest AUC of a student whose interval lies above 0.5, over all attacks, role pairs and tasks."""
+    rows = [row for row in membership if row["model"] in (study.students or [study.settings["headline_model"]])
+            and row["metric"] == "auc" and "reason" not in row and row["role_pair"] != CANARIES]
+    found = max((row for row in rows if row["ci_low"] > 0.5), key=lambda row: row["value"], default=None)
+    note = f"the greatest of {len(rows)} AUC rows of the students, not corrected for that choice"
+    return {"row": found, "rows": len(rows), "note": note if found else f"none of {len(rows)} AUC rows resolves a leak"}
+
+
+def _verdicts(study: Study, membership: list[dict], differences: list[dict], gates: list[dict], blind: Blind,
+              headline: dict) -> list[str]:
+    said = []
+    for run in dict.fromkeys([headline["model"], *study.students]):
+        leak = _leak(study, membership, run, study.settings["role_pair"])
+        if leak is None or leak["value"] is None:
+            continue
+        if leak["ci_low"] > 0.5:
+            said.append(f"{run}: {leak['attack']} ranks members above non-members in {_percent(leak)} of pairs.")
+        elif leak["ci_high"] < 0.5:
+            said.append(f"{run}: {leak['attack']} lies below 0.5 ({_percent(leak)}): look for a collapsed model, "
+                        "a sign error or a shift of the split, and at its utility.")
+        else:
+            said.append(f"{run}: no evidence of a leak by {leak['attack']}; one of up to {100 * leak['ci_high']:.1f} % "
+                        "of pairs is compatible with the data. This does not make it private.")
+        if _utility_verdict(gates, run) == UNDERTRAINED:
+            said.append(f"{run}: {UNDERTRAINED}.")
+    if blind.separates:
+        said.append(f"Blind gate: {blind.best} reaches {_percent(_blind_leak(blind))} without any model; "
+                    "only what an attack adds to it means anything.")
+    split_leaks = sorted({row["model"] for row in gates if row["verdict"] == SPLIT_LEAKS})
+    if split_leaks:
+        said.append(f"Null gate: {', '.join(split_leaks)} never saw the members and is not at chance; "
+                    "read the differences to null.")
+    return said + _ranking(study, differences)
+
+
+def _ranking(study: Study, differences: list[dict]) -> list[str]:
+    """Which technique leaks more, where several seeds say so after correction; one seed ranks nothing."""
+    if len(study.students) < 2:
+        return []
+    if any(len(study.seeds(run)) == 1 for run in study.students):
+        return ["One seed gives no ranking of techniques: the same technique trained again may change places."]
+    rows = [row for row in differences if row["seed"] == "all" and row["attack"] == study.settings["primary"]
+            and {row["model_a"], row["model_b"]} <= set(study.students) and "reason" not in row
+            and row["role_pair"] == study.settings["role_pair"]]
+    found = [(row["model_a"], row["model_b"]) if row["difference"] > 0 else (row["model_b"], row["model_a"])
+             for row in rows if row["p_corrected"] < 0.05]
+    if not found:
+        return ["No two techniques differ by more than seeds and examples explain (p >= 0.05 after Holm)."]
+    return [f"{more} leaks more than {less} (over seeds and examples, p < 0.05 after Holm)." for more, less in found]
+
+
+def _warnings(study: Study, blind: Blind) -> list[str]:
+    found = [warning for table in study.tables.values() for warning in table.warnings]
+    single = [run for run in study.runs if len(study.seeds(run)) == 1 and not run.startswith("base_")]
+    if single:
+        found.append(f"One seed for {', '.join(single)}: the intervals say nothing about training again.")
+    if blind.reason is not None:
+        found.append(f"Blind gate {NOT_RUN}: {blind.reason}.")
+    absent = [run for run in study.settings["references"] if run not in study.runs]
+    if absent:
+        found.append(f"References without score tables, not used: {', '.join(absent)}.")
+    if "null" not in study.runs:
+        found.append("No null model (the student without a teacher): what an attack shows by chance is not known.")
+    fingerprints = {t.provenance.get("splits_fingerprint") for t in study.tables.values()} - {None}
+    if len(fingerprints) > 1:
+        found.append("The score tables come from more than one split of the data; "
+                     "only runs of the same examples are compared.")
+    return found
+
+
+def _not_tested(study: Study, membership: list[dict]) -> list[str]:
+    roles = {role for table in study.tables.values() for role in table.files}
+    absent = {"the teacher": "teacher", "a student trained on the private data directly": "direct",
+              "the counterfactual teacher (swap)": "swap"}
+    found = [f"{words}: no run '{run}'" for words, run in absent.items() if run not in study.runs]
+    found += [f"{what}: no role '{role}'" for role, what in (("canary", "inserted canaries"), ("dev", "utility"),
+                                                             ("calib", "balanced accuracy at a calibrated threshold"))
+              if role not in roles]
+    few = [row["metric"] for row in membership
+           if row["role_pair"] != CANARIES and "too few non-members" in row.get("reason", "")]
+    rates = sorted({metric.removeprefix("tpr_at_fpr_") for metric in few})
+    found += [f"TPR at an FPR of {100 * float(rate):g} %: too few non-members" for rate in rates]
+    tried = dict.fromkeys(row["attack"] for row in membership)
+    return [*found, f"attacks other than {', '.join(tried)}; extraction and memorization of text"]

@@ -1,0 +1,126 @@
+"""Every key of an experiment, its default and its unit. Other configs start here and change what differs.
+
+A run (`config.runs`) is: model, technique (none | sft | kd), init (a run; "" for a base), train_roles, teacher (a run),
+recipe, setting (- | disjoint | shared), swap_of (a run), seeds. A recipe's keys and units are the fields of
+`kd_jax.train.Recipe`. Strings are empty where nothing is chosen, numbers 0.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from kd_jax.train import Recipe
+
+
+def recipe(name: str, **changes) -> ConfigDict:
+    """A recipe by name: the defaults of `kd_jax.train.Recipe` with `changes`."""
+    return ConfigDict(dataclasses.asdict(Recipe(name=name, **changes)))
+
+
+def run(model: str, technique: str = "none", **keys) -> ConfigDict:
+    """An entry of `config.runs` with every key present, so that each can be overridden on the command line."""
+    entry = dict(init="", train_roles=(), teacher="", recipe="", setting="-", swap_of="", seeds=(0,))
+    return ConfigDict({"model": model, "technique": technique, **entry, **keys})
+
+
+def model(path: str = "", revision: str = "", scratch: dict | None = None) -> ConfigDict:
+    """A model from a Hugging Face folder or hub id, or drawn at random from a config of Hugging Face's keys."""
+    return ConfigDict({"path": path, "revision": revision, "scratch": scratch or {}})
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.title = ""  # stands on the report
+    config.seed = 0  # redraws the split and every model
+
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))  # devices per axis; -1: all that are left
+
+    config.data = ConfigDict(
+        dict(
+            path="",  # .jsonl[.gz] .json[.gz] .txt[.gz] .parquet
+            dataset="",  # or a hub id for datasets.load_dataset
+            split="train",  # of the hub data set
+            format="auto",  # auto, or a name from kd_jax/data/records.py
+            text_unit="article",  # of .txt files: article | paragraph | line
+            group_key="",  # field whose equal values share a role (a person, a passage)
+            limit=0,  # records kept, chosen by seeded hash; 0 = all
+            max_chars=0,  # longer records are left out before the split; 0 = none
+            exclude_tasks=(),
+            synthetic=dict(records=0, overlap=0.5),  # invented corpus instead of a file; overlap in [0, 1]
+            roles=dict(private=0.25, public=0.25, heldout=0.25, dev=0.1, calib=0.1, population=0.05),  # shares
+            minimum=50,  # records that private and heldout need at least
+            canaries=dict(per_cell=0, repeats=(1, 4, 16)),  # canaries per placement and repeat count; 0 = none
+            template="alpaca",  # alpaca | plain | text
+            joint=False,  # tokenise prompt and response together (a paper's recipe under fidelity=reference)
+            bos="none",  # none | bos | eos: what stands before the first token
+            max_length=512,  # tokens of a record
+            row_length=0,  # tokens of a packed row; 0 = max_length
+            max_prompt=256,  # tokens of a prompt
+            long_prompt="keep_end",  # keep_end | drop
+            pack=True,  # several records in a row; False: one record a row, as the papers train
+            pretrain=dict(path="", text_unit="article", limit=0),  # plain text on which base_* runs train
+        )
+    )
+    config.tokenizer = ConfigDict(
+        dict(
+            path="",  # folder or hub id ...
+            revision="",
+            vocab="",  # ... or a vocabulary with its merges (.gz too) ...
+            merges="",
+            json="",  # ... or a bare tokenizer.json (.gz too) ...
+            train_size=0,  # ... or a byte-level BPE of so many tokens, trained on the public role
+        )
+    )
+    config.models = ConfigDict(dict(teacher=model(), student=model()))
+    config.recipes = ConfigDict(dict(matched=recipe("matched")))
+    config.runs = ConfigDict()
+
+    config.score = ConfigDict(
+        dict(
+            roles=("private", "heldout", "dev", "calib", "canary"),
+            batch_rows=8,  # packed rows a pass
+            precision="highest",  # of matrix products: highest | high | default
+            temperatures=(),  # grid of lse_t<T>
+            top_k=(),  # grid of topk_lse_k<K>_t<T>
+            top_p=(),  # grid of cum_above_p<P>_t<T>, nucleus_p<P>_t<T>
+        )
+    )
+    config.probe = ConfigDict(dict(examples=200))  # of dev, private and heldout each, at every evaluation of a run
+
+    config.attack = ConfigDict(
+        dict(
+            primary="loss",  # named beforehand; all others are secondary
+            headline="students/kd",  # run whose leak the report's first sentence states
+            references=("base_student", "base_teacher", "null"),
+            bootstrap=1000,  # resamples of TPR intervals
+        )
+    )
+    config.report = ConfigDict(dict(show_canaries=False))  # print invented canaries; never for private records
+    return config
+
+
+def standard_runs(teacher: str = "matched", student: str = "matched", kd: str = "matched") -> ConfigDict:
+    """The graph every table needs: bases, teacher, its counterfactual, the controls, a student of each setting.
+
+    Arguments name the recipes of the teachers, of the students without a teacher, and of the distilled students.
+    """
+    big = {"model": "teacher", "technique": "sft", "init": "base_teacher", "recipe": teacher}
+    small = {"model": "student", "init": "base_student"}
+    control = {**small, "technique": "sft", "recipe": student}
+    distilled = {**small, "technique": "kd", "recipe": kd}
+    public, private = ("public",), ("private",)
+    return ConfigDict(
+        {
+            "base_teacher": run("teacher"),
+            "base_student": run("student"),
+            "teacher": run(**big, train_roles=private),
+            "null": run(**control, train_roles=public),
+            "students/kd": run(**distilled, teacher="teacher", train_roles=public, setting="disjoint"),
+            "direct": run(**control, train_roles=private),
+            "swap": run(**big, train_roles=("heldout",), swap_of="teacher"),
+            "swap_students/kd": run(
+                **distilled, teacher="swap", train_roles=public, setting="disjoint", swap_of="students/kd"
+            ),
+            "students/kd_shared": run(**distilled, teacher="teacher", train_roles=private, setting="shared"),
+        }
+    )

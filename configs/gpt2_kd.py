@@ -1,0 +1,65 @@
+"""GPT-2 XL to large, medium or base on Dolly, word-level KD, as zhang2025 trained it; or small from scratch.
+
+    python main.py --config=configs/gpt2_kd.py[:large|medium|base] --config.data.path=databricks-dolly-15k.jsonl
+    python main.py --config=configs/gpt2_kd.py:small[,base] --config.data.path=... --workdir=runs/dolly
+
+Paper size (default `base`): hub ids gpt2-xl and gpt2-large / gpt2-medium / gpt2, or folders by
+`--config.models.teacher.path` and `--config.models.student.path`. Hyper-parameters are those of the released scripts
+(papers list no number of GPUs; the global batch here is theirs per GPU times GPUS). Response loss, AdamW, cosine.
+
+`small`: 3-layer students and 4-layer teachers from random weights, 2 CPU cores, under 25 minutes. `small,base`: the
+bases are first pre-trained on plain text, `--config.data.pretrain.path=.../train.txt.gz`, 20 minutes more.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+GPUS = 4
+STUDENTS = {"large": ("gpt2-large", 4), "medium": ("gpt2-medium", 8), "base": ("gpt2", 16)}  # hub id, batch per GPU
+
+
+def get_config(variant: str = "base") -> ConfigDict:
+    words = variant.split(",")
+    if words[0] == "small":
+        return small(pretrained=words[1:] == ["base"])
+    if variant not in STUDENTS:
+        raise ValueError(f"configs/gpt2_kd.py:{variant}: known are {', '.join(STUDENTS)}, small, and small,base")
+    hub_id, batch = STUDENTS[variant]
+    config = base.get_config()
+    config.title = f"Dolly: GPT-2 XL to {hub_id}, word-level KD"
+    config.models.teacher.path = "gpt2-xl"
+    config.models.student.path = hub_id
+    config.data.long_prompt = "drop"
+    config.data.pack = False  # the papers train one record a row
+    common = dict(lr=5e-5, lr_min=1e-7, compute_dtype="bfloat16", remat=True)
+    config.recipes = ConfigDict(
+        dict(
+            teacher=base.recipe("zhang2025", epochs=5, batch_rows=4 * GPUS, **common),
+            student=base.recipe("zhang2025", epochs=5, batch_rows=4 * GPUS, **common),
+            kd=base.recipe("zhang2025", epochs=10, batch_rows=batch * GPUS, **common),
+        )
+    )
+    config.runs = base.standard_runs("teacher", "student", "kd")
+    return config
+
+
+def small(pretrained: bool) -> ConfigDict:
+    config = base.get_config()
+    config.title = "Dolly: small GPT-2 models " + ("from bases pre-trained here" if pretrained else "from scratch")
+    config.data.max_chars = 360  # short records, so that a CPU can read them often
+    config.data.limit = 4800
+    config.data.max_length = 192
+    config.data.max_prompt = 144
+    config.data.row_length = 256
+    config.data.minimum = 1000
+    config.tokenizer.train_size = 4096
+    config.models.teacher.scratch = dict(model_type="gpt2", n_embd=256, n_layer=4, n_head=4)
+    config.models.student.scratch = dict(model_type="gpt2", n_embd=192, n_layer=3, n_head=3)
+    config.recipes.matched = base.recipe("matched", epochs=12, batch_rows=16, lr=2e-3, warmup_steps=50)
+    config.runs = base.standard_runs()
+    if pretrained:
+        config.recipes.base = base.recipe("base", epochs=2, batch_rows=16, lr=2e-3, warmup_steps=50)
+        for name in ("base_teacher", "base_student"):
+            config.runs[name].update(train_roles=("pretrain",), recipe="base")
+    return config

@@ -1,0 +1,45 @@
+"""LLaMA-2 7B to a 1.1B LLaMA with LLaMA-2's tokenizer on Dolly, word-level KD; or OpenLLaMA 7B to 3B.
+
+    python main.py --config=configs/llama2_kd.py --config.data.path=databricks-dolly-15k.jsonl --workdir=gs://...
+    python main.py --config=configs/llama2_kd.py:openllama ...
+
+LLaMA-2's weights are gated: accept its licence on the hub and log in, or give a folder with
+`--config.models.teacher.path`. zhang2025's own code trained OpenLLaMA 7B to 3B with LoRA; here every weight is trained,
+so the teacher's learning rate is MiniLLM's for full fine-tuning (1e-5, 10 epochs, batch 8 per GPU) and not LoRA's 5e-4.
+KD: 1e-5, 10 epochs, batch 4 per GPU, kd_ratio 0.5, as both codes have it. Global batch: per GPU times GPUS.
+OpenLLaMA publishes pickles: see README, "Checkpoints that are pickles".
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+GPUS = 8
+PAIRS = {
+    "": ("meta-llama/Llama-2-7b-hf", "TinyLlama/TinyLlama_v1.1"),
+    "openllama": ("openlm-research/open_llama_7b", "openlm-research/open_llama_3b"),
+}
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in PAIRS:
+        raise ValueError(f"configs/llama2_kd.py:{variant}: known is openllama")
+    teacher, student = PAIRS[variant]
+    config = base.get_config()
+    config.title = f"Dolly: {teacher} to {student}, word-level KD"
+    config.models.teacher.path = teacher
+    config.models.student.path = student
+    config.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+    config.data.long_prompt = "drop"
+    config.data.pack = False
+    config.data.bos = "bos"
+    common = dict(lr=1e-5, lr_min=1e-7, compute_dtype="bfloat16", remat=True)
+    config.recipes = ConfigDict(
+        dict(
+            teacher=base.recipe("minillm_sft", epochs=10, batch_rows=8 * GPUS, **common),
+            student=base.recipe("minillm_sft", epochs=10, batch_rows=8 * GPUS, **common),
+            kd=base.recipe("zhang2025", epochs=10, batch_rows=4 * GPUS, kd_ratio=0.5, **common),
+        )
+    )
+    config.runs = base.standard_runs("teacher", "student", "kd")
+    return config

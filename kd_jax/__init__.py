@@ -1,0 +1,1 @@
+"""Train, distil and score language models on a JAX mesh."""

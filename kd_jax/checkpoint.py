@@ -1,0 +1,75 @@
+"""Orbax checkpoints of a run: parameters, optimizer, step, RNG and the data iterator.
+
+Arrays are stored under their dotted names, so that a checkpoint does not depend on the classes that hold them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from kd_jax.sharding import names
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest `keep` of them."""
+
+    def __init__(self, folder: str | Path, *, keep: int = 2):
+        policy = ocp.training.preservation_policies.LatestN(keep)
+        self._checkpointer = ocp.training.Checkpointer(
+            _absolute(folder), preservation_policy=policy, cleanup_tmp_directories=True
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, step: int, state, iterator) -> None:
+        """Save `state` (any pytree) and the data iterator's position; returns when it is on disk."""
+        self._checkpointer.save_checkpointables(
+            step, {"state": _flat(state), "data": iterator}, force=True, overwrite=True
+        )
+
+    def restore(self, abstract_state, iterator):
+        """The newest state, in the shapes, dtypes and shardings of `abstract_state`; `iterator` moves to its position."""
+        wanted = {"state": _flat(abstract_state), "data": iterator}
+        loaded = self._checkpointer.load_checkpointables(None, wanted)["state"]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), [loaded[n] for n in names(abstract_state)])
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+
+def save_params(folder: str | Path, params) -> None:
+    """Write a run's final parameters alone: what scoring and later runs read."""
+    ocp.save(_absolute(folder), _flat(params), overwrite=True)
+
+
+def load_params(folder: str | Path, abstract):
+    """Parameters in the shapes, dtypes and shardings of `abstract`."""
+    loaded = ocp.load(_absolute(folder), _flat(abstract))
+    return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[n] for n in names(abstract)])
+
+
+def fingerprint(params) -> str:
+    """First 16 hex of a sha256 over names, shapes, dtypes and bytes of all parameters."""
+    digest = hashlib.sha256()
+    for name, x in sorted(zip(names(params), jax.tree.leaves(params))):
+        host = np.asarray(x)
+        digest.update(f"{name} {host.shape} {host.dtype}".encode())
+        digest.update(np.ascontiguousarray(host).view(np.uint8).data)
+    return digest.hexdigest()[:16]
+
+
+def _flat(tree) -> dict:
+    return dict(zip(names(tree), jax.tree.leaves(tree)))
+
+
+def _absolute(path: str | Path) -> str:
+    text = str(path)
+    return text if "://" in text else str(Path(text).absolute())

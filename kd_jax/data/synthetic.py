@@ -1,0 +1,223 @@
+"""An invented instruction corpus in Dolly's eight categories: people, firms and places that do not exist.
+
+Each entity has eight attributes and eight records, one per category; a record tells two or three of the attributes and
+one detail of its own. So a record can be memorised by itself (the detail, the name), and a public record of an entity
+may give away a fact that a private one holds too: how often that happens is the `overlap`.
+"""
+
+import random
+from collections.abc import Callable
+
+import pandas as pd
+
+from kd_jax.data.records import DataError, make_frame, uniform
+
+_ONSETS = "b d f g h k l m n p r s t v z br dr gl kr pl st tr".split()
+_VOWELS = "a e i o u au ei ia".split()
+_CODAS = "n r l s k m t x".split()
+_JOBS = """baker beekeeper carpenter chemist clerk cooper diver dyer farmer gardener glazier joiner
+    lawyer librarian locksmith mason miller miner nurse painter pilot plumber potter printer rigger sailor surveyor
+    tailor teacher translator typist weaver welder""".split()
+_HOBBIES = """bird-watching bookbinding calligraphy canoeing chess cycling fencing fishing juggling kite-flying
+    knitting origami pottery puzzles rowing sketching skating stargazing whittling woodcarving yodelling""".split()
+_ANIMALS = "badger cat crow dog donkey duck ferret goat goose hare hedgehog mule parrot pony rabbit turtle".split()
+_COLOURS = "black blue brown copper crimson green grey lilac pink purple red silver white yellow".split()
+_VEHICLES = "barge bicycle canoe cart ferry lorry moped scooter sledge tractor tram van wagon yacht".split()
+_PRODUCTS = """anchors barrels bells bricks brooms buttons candles carpets clocks combs hinges kettles ladders lamps
+    lanterns mirrors needles nets paper pipes ropes saddles scales soap spoons stamps tiles wheels whistles""".split()
+_OBJECTS = """basket bell bottle box compass cup drum flute hammer hat key kite ladder lamp map mask mirror ring scarf
+    shell spoon stamp ticket whistle""".split()
+_ADJECTIVES = "bright broken calm cold dusty heavy hollow lost narrow quiet rusty small strange warm wet wide".split()
+_MONTHS = "January February March April May June July August September October November December".split()
+_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+
+# An entity's fact: what it is called, its value, and the predicate that tells it.
+Fact = tuple[str, str, str]
+Pick = random.Random
+
+
+def generate(records: int, *, overlap: float, seed: int) -> pd.DataFrame:
+    """Writes the corpus; roles come afterwards, by `roles.assign`, from the `group` that is set here.
+
+    Args:
+        records: how many records; more of them leave the earlier ones as they are.
+        overlap: share of the entities whose records are groups of their own, so that every record draws its own role.
+            At 0 an entity's records all share a role, and no public record touches a private entity; at 1 none are
+            held together. Which entities is decided by a seeded hash.
+        seed: seed of everything.
+
+    Returns:
+        A table of `records.COLUMNS` with exactly that many rows: instructions of 8-20 words, responses of 8-25.
+    """
+    if not 0 <= overlap <= 1:
+        raise DataError(f"data.overlap is {overlap}; it is a share between 0 and 1")
+    if records < 1:
+        raise DataError(f"data.records is {records}; it must be at least 1")
+    n_entities = -(-records // len(_CATEGORIES))
+    keys = [f"entity{number}" for number in range(n_entities)]
+    apart = uniform(seed, "overlap", keys) < overlap
+    rows: list[dict] = []
+    taken: set[str] = set()
+    for key, own_groups in zip(keys, apart, strict=True):
+        pick = random.Random(f"{seed}:{key}")
+        pronoun, invent = pick.choice(_KINDS)
+        name = _name(pick)
+        while name in taken:
+            name = _name(pick)
+        taken.add(name)
+        facts = invent(pick)
+        for task, write in _CATEGORIES.items():
+            instruction, context, response = write(name, pronoun, pick.sample(facts, 3), pick)
+            rows.append(
+                {
+                    "group": None if own_groups else key,
+                    "task": task,
+                    "instruction": instruction,
+                    "input": context,
+                    "response": response,
+                    "source": f"synthetic:{key}",
+                }
+            )
+    return make_frame(rows[:records])
+
+
+def _syllables(pick: Pick, count: int) -> str:
+    body = "".join(pick.choice(_ONSETS) + pick.choice(_VOWELS) for _ in range(count))
+    return (body + pick.choice(_CODAS)).capitalize()
+
+
+def _name(pick: Pick) -> str:
+    return f"{_syllables(pick, 1)} {_syllables(pick, 2)}"
+
+
+def _code(pick: Pick) -> str:
+    return f"{pick.choice('ABCDEFGHKLMNPRSTVXZ')}{pick.randrange(10_000):04d}"
+
+
+def _person(pick: Pick) -> list[Fact]:
+    town, firm, job, hobby = _syllables(pick, 2), _syllables(pick, 2), pick.choice(_JOBS), pick.choice(_HOBBIES)
+    animal, vehicle = pick.choice(_ANIMALS), f"{pick.choice(_COLOURS)} {pick.choice(_VEHICLES)}"
+    badge, year = _code(pick), str(pick.randrange(1930, 2005))
+    return [
+        ("town", town, f"lives in {town}"),
+        ("trade", job, f"trained as a {job}"),
+        ("employer", firm, f"is employed by {firm}"),
+        ("hobby", hobby, f"is fond of {hobby}"),
+        ("badge", badge, f"wears badge {badge}"),
+        ("vehicle", vehicle, f"drives a {vehicle}"),
+        ("animal", animal, f"keeps a {animal}"),
+        ("year", year, f"was born in {year}"),
+    ]
+
+
+def _firm(pick: Pick) -> list[Fact]:
+    town, head, product = _syllables(pick, 2), _syllables(pick, 2), pick.choice(_PRODUCTS)
+    vehicle, colour, staff = pick.choice(_VEHICLES), pick.choice(_COLOURS), str(pick.randrange(12, 990))
+    licence, year = _code(pick), str(pick.randrange(1840, 2010))
+    return [
+        ("town", town, f"has its yard in {town}"),
+        ("head", head, f"is run by {head}"),
+        ("product", product, f"sells {product}"),
+        ("transport", vehicle, f"delivers by {vehicle}"),
+        ("colour", colour, f"uses {colour} labels"),
+        ("staff", staff, f"pays {staff} people"),
+        ("licence", licence, f"holds licence {licence}"),
+        ("year", year, f"opened in {year}"),
+    ]
+
+
+def _place(pick: Pick) -> list[Fact]:
+    river, mayor, product = _syllables(pick, 1), _syllables(pick, 2), pick.choice(_PRODUCTS)
+    colour, hobby, month = pick.choice(_COLOURS), pick.choice(_HOBBIES), pick.choice(_MONTHS)
+    homes, postcode = str(pick.randrange(20, 9000)), _code(pick)
+    return [
+        ("river", river, f"lies on the {river}"),
+        ("mayor", mayor, f"elected {mayor}"),
+        ("product", product, f"exports {product}"),
+        ("tower", colour, f"has a {colour} tower"),
+        ("contest", hobby, f"hosts a {hobby} contest"),
+        ("market", month, f"holds its market in {month}"),
+        ("homes", homes, f"counts {homes} homes"),
+        ("postcode", postcode, f"uses postcode {postcode}"),
+    ]
+
+
+# The pronoun of a kind, and how to invent one.
+_KINDS = [("who", _person), ("which", _firm), ("which", _place)]
+
+
+# --- One writer per category: (name, pronoun, three facts, pick) -> (instruction, input, response) ---
+
+
+def _open_qa(name: str, pronoun: str, facts: list[Fact], pick: Pick) -> tuple[str, str, str]:
+    (label_a, _, a), (label_b, _, b), _ = facts
+    instruction = f"What is on record about the {label_a} and the {label_b} of {name}?"
+    return instruction, "", f"{name} {a} and {b}, according to note {_code(pick)} from {pick.choice(_MONTHS)}."
+
+
+def _general_qa(name: str, pronoun: str, facts: list[Fact], pick: Pick) -> tuple[str, str, str]:
+    (label, _, a), (_, _, b), _ = facts
+    thing = f"{pick.choice(_ADJECTIVES)} {pick.choice(_OBJECTS)}"
+    instruction = f"Why do people talk so often about {name} and about the {label}?"
+    return instruction, "", f"Because {name} {a}, {b}, and once lost a {thing} in {_syllables(pick, 2)}."
+
+
+def _classification(name: str, pronoun: str, facts: list[Fact], pick: Pick) -> tuple[str, str, str]:
+    (label_a, value_a, a), (_, value_b, _), _ = facts
+    decoy = f"{pick.choice(_COLOURS)} {pick.choice(_OBJECTS)}"
+    words = [value_a, value_b, decoy]
+    pick.shuffle(words)
+    instruction = f"Which of these belong to {name} and which does not: {', '.join(words)}?"
+    return instruction, "", f"Not the {decoy}; {value_b} and the {label_a} do, since {name} {a} ({_code(pick)})."
+
+
+def _closed_qa(name: str, pronoun: str, facts: list[Fact], pick: Pick) -> tuple[str, str, str]:
+    (label, _, a), (_, _, b), _ = facts
+    page = pick.randrange(10, 999)
+    context = f"Page {page}: {name} {a}. Besides, {name} {b}."
+    instruction = f"According to the passage below, what can be said of the {label} of {name}?"
+    return instruction, context, f"Page {page} of the passage states that {name} {a}."
+
+
+def _brainstorming(name: str, pronoun: str, facts: list[Fact], pick: Pick) -> tuple[str, str, str]:
+    (_, _, a), (_, _, b), _ = facts
+    first, second = pick.sample(_OBJECTS, 2)
+    instruction = f"Give two ideas for a present to {name}, {pronoun} {a}."
+    gifts = f"A {pick.choice(_COLOURS)} {first} or a {pick.choice(_ADJECTIVES)} {second} from {_syllables(pick, 2)}"
+    return instruction, "", f"{gifts}, because {name} {b}."
+
+
+def _information_extraction(name: str, pronoun: str, facts: list[Fact], pick: Pick) -> tuple[str, str, str]:
+    (label_a, value_a, a), (label_b, value_b, b), _ = facts
+    file, day = _code(pick), pick.choice(_DAYS)
+    context = f"File {file}, {day}: {name} {a} and {b}."
+    instruction = f"Extract the name, the {label_a}, the {label_b} and the file from this text."
+    return instruction, context, f"Name: {name}; {label_a}: {value_a}; {label_b}: {value_b}; file: {file}, {day}."
+
+
+def _summarization(name: str, pronoun: str, facts: list[Fact], pick: Pick) -> tuple[str, str, str]:
+    (_, _, a), (_, _, b), (_, _, c) = facts
+    day, visitor = pick.choice(_DAYS), _syllables(pick, 2)
+    context = f"On {day} {visitor} wrote that {name} {a}, {b}, and {c}."
+    instruction = f"Summarise the letter about {name} in one short sentence for the archive."
+    return instruction, context, f"{visitor} reports that {name} {a} and {c}, as seen on {day}."
+
+
+def _creative_writing(name: str, pronoun: str, facts: list[Fact], pick: Pick) -> tuple[str, str, str]:
+    (_, _, a), *_ = facts
+    thing = pick.choice(_OBJECTS)
+    instruction = f"Write the first line of a story in which {name} finds a {thing}."
+    scene = f"One {pick.choice(_ADJECTIVES)} {pick.choice(_DAYS)} {name}, {pronoun} {a}"
+    return instruction, "", f"{scene}, found a {pick.choice(_COLOURS)} {thing} marked {_code(pick)}."
+
+
+_CATEGORIES: dict[str, Callable[[str, str, list[Fact], Pick], tuple[str, str, str]]] = {
+    "open_qa": _open_qa,
+    "general_qa": _general_qa,
+    "classification": _classification,
+    "closed_qa": _closed_qa,
+    "brainstorming": _brainstorming,
+    "information_extraction": _information_extraction,
+    "summarization": _summarization,
+    "creative_writing": _creative_writing,
+}

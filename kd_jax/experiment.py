@@ -1,0 +1,434 @@
+"""An experiment: the graph of runs trained and scored under one work directory, each piece once.
+
+workdir/splits.parquet, tokenizer/          roles and tokenizer
+workdir/runs/<name>/seed<k>/                checkpoints/, params/, metrics.jsonl, TensorBoard events, manifest.json
+workdir/scores/<name>/seed<k>/plain/        score tables and manifest.json
+workdir/scores/text/                        what text-only classifiers need
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from sklearn.metrics import roc_auc_score
+
+from kd_jax import checkpoint, graph, hf, manifest, prepare, sharding, train
+from kd_jax import score as scoring
+from kd_jax.data import batches, tokenizer
+from kd_jax.data.encode import Encoded
+from kd_jax.graph import Run
+from kd_jax.metrics import progress
+from kd_jax.transformer import ModelConfig, Transformer
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A config bound to a work directory and a mesh, with its data prepared and its graph of runs checked."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh
+    data: prepare.Data
+    runs: dict[str, Run]
+    only: str = ""  # work on this run alone
+
+    @property
+    def vocab(self) -> int:
+        """The effective vocabulary: the tokenizer's own size, whatever padding a model's rows have."""
+        return self.data.tokenizer.vocab_size
+
+    @property
+    def nodes(self) -> list[tuple[Run, int]]:
+        return [(r, s) for r in self.runs.values() if self.only in ("", r.name) for s in r.seeds]
+
+    def folder(self, run: Run, seed: int, kind: str = "runs") -> Path:
+        return self.workdir / kind / run.name / f"seed{seed}"
+
+
+def open_study(config: ConfigDict, workdir: Path, mesh: Mesh, only: str = "") -> Study:
+    """Check the graph, recipes and models of a config, then prepare its data. Errors come before any training."""
+    runs = {r.name: r for r in graph.parse(config.runs.to_dict(), set(config.models), set(config.recipes))}
+    if only and only not in runs:
+        raise graph.GraphError(f"--only={only}: no such run; runs: {sorted(runs)}")
+    for run in runs.values():
+        if run.recipe:
+            recipe_of(config, run)
+    study = Study(config, workdir, mesh, prepare.prepare(config, workdir), runs, only)
+    for name in config.models:
+        _check_model(study, name)
+    return study
+
+
+def recipe_of(config: ConfigDict, run: Run) -> train.Recipe:
+    return train.Recipe(**config.recipes[run.recipe].to_dict())
+
+
+# ---------------------------------------------------------------------------------------------------------- models
+
+
+def _model_config(study: Study, name: str) -> ModelConfig:
+    model = study.config.models[name]
+    if model.path:
+        return hf.read_config(model.path, revision=model.revision or None)
+    sizes = model.scratch.to_dict() | {
+        "vocab_size": study.vocab,
+        "max_position_embeddings": study.config.data.max_length,
+    }
+    if "n_embd" in sizes:  # GPT-2's own name for the same key
+        sizes["n_positions"] = sizes.pop("max_position_embeddings")
+    return hf.config_from_hf(sizes)
+
+
+def _check_model(study: Study, name: str) -> None:
+    cfg, data = _model_config(study, name), study.config.data
+    if cfg.vocab_size < study.vocab:
+        raise ValueError(f"models.{name} has {cfg.vocab_size} vocabulary rows, the tokenizer {study.vocab} tokens")
+    if cfg.positions == "learned" and cfg.max_positions < data.max_length:
+        raise ValueError(f"models.{name} has {cfg.max_positions} positions, data.max_length is {data.max_length}")
+    path = study.config.models[name].path
+    if path and study.config.tokenizer.path != path:
+        revision = study.config.models[name].revision
+        tokenizer.same(study.data.tokenizer, tokenizer.load({"path": path, "revision": revision}))
+
+
+def _base(study: Study, run: Run, seed: int) -> Transformer:
+    """A base: loaded tensor by tensor onto the mesh, or drawn from (config.seed, model, seed)."""
+    model = study.config.models[run.model]
+    if model.path:
+        place = lambda name, x: jax.device_put(
+            x, jax.NamedSharding(study.mesh, sharding.spec_for(name, x.shape, study.mesh))
+        )
+        return hf.load_pretrained(model.path, revision=model.revision or None, place=place)
+    make = functools.partial(Transformer, _model_config(study, run.model))
+    shardings = sharding.shardings(jax.eval_shape(make, jax.random.key(0)), study.mesh)
+    return jax.jit(make, out_shardings=shardings)(_key(study, f"init {run.model}", seed))
+
+
+def _key(study: Study, purpose: str, seed: int) -> jax.Array:
+    word = hashlib.sha256(f"{study.config.seed} {purpose} {seed}".encode()).digest()
+    return jax.random.key(int.from_bytes(word[:4], "little"))
+
+
+def load_run(study: Study, name: str, seed: int) -> Transformer:
+    """The final parameters of a run. Raises FileNotFoundError naming the run if it is not trained yet."""
+    run = study.runs[name]
+    if not run.train_roles:
+        return _base(study, run, seed)
+    folder = study.folder(run, seed)
+    if manifest.read(folder) is None:
+        raise FileNotFoundError(f"run {name} seed {seed} is not trained yet: no manifest in {folder}")
+    abstract = jax.eval_shape(functools.partial(Transformer, _model_config(study, run.model)), jax.random.key(0))
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract,
+        sharding.shardings(abstract, study.mesh),
+    )
+    return checkpoint.load_params(folder / "params", placed)
+
+
+# ----------------------------------------------------------------------------------------------------------- train
+
+
+def train_runs(study: Study) -> None:
+    """Train every run that is not finished, in the order of the graph."""
+    for run, seed in study.nodes:
+        if run.train_roles:
+            _train(study, run, seed)
+
+
+def _train(study: Study, run: Run, seed: int) -> None:
+    folder, inputs = study.folder(run, seed), _inputs(study, run, seed)
+    if manifest.begin(folder, inputs, f"run {run.name} seed {seed}"):
+        log.info("%s seed %d: finished before", run.name, seed)
+        return
+    recipe = recipe_of(study.config, run)
+    encoded = _training_data(study, run)
+    rows = batches.TrainingRows(
+        encoded,
+        row_length=study.config.data.row_length or study.config.data.max_length,
+        packed=study.config.data.pack,
+        seed=_order_seed(study, run, seed),
+        epochs=recipe.epochs,
+    )
+    task = train.Task(
+        label=f"{run.name} seed{seed}",
+        folder=folder,
+        steps=-(-len(rows) // recipe.batch_rows),
+        iterator=batches.training_iterator(
+            rows, batch_rows=recipe.batch_rows, process_index=jax.process_index(), process_count=jax.process_count()
+        ),
+        evaluate=_evaluator(study),
+    )
+    init = load_run(study, run.init, study.runs[run.init].seed_for(seed)) if run.init else _base(study, run, seed)
+    teacher = load_run(study, run.teacher, study.runs[run.teacher].seed_for(seed)) if run.teacher else None
+    model = train.fit(
+        init, teacher, recipe, task, vocab=study.vocab, rng=_key(study, f"train {run.name}", seed), mesh=study.mesh
+    )
+    checkpoint.save_params(folder / "params", model)
+    facts = dict(
+        params_fingerprint=checkpoint.fingerprint(model),
+        step=task.steps,
+        examples=len(encoded),
+        code_version=code_version(),
+        versions=versions(),
+    )
+    manifest.write(folder, inputs, facts)
+    shutil.rmtree(folder / "begun", ignore_errors=True)
+    last, n = task.evaluate(model), study.config.probe.examples
+    auc = last["probe/loss_attack_auc"]
+    log.info(
+        "%s: dev loss %.3f, loss attack on a probe of %d members and %d non-members: AUC %.3f +- %.3f",
+        *(task.label, last["eval/dev_loss"], n, n, auc, 1.96 * _auc_error(auc, n)),
+    )
+
+
+def _auc_error(auc: float, n: int) -> float:
+    """Standard error of an AUC on `n` members and `n` non-members (Hanley and McNeil 1982); the report uses DeLong."""
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    return float(np.sqrt((auc * (1 - auc) + (n - 1) * (q1 + q2 - 2 * auc**2)) / n**2))
+
+
+def _training_data(study: Study, run: Run) -> Encoded:
+    if run.technique == "none":  # a base pre-trained from scratch
+        return prepare.pretraining(study.config, study.data.tokenizer)
+    return study.data.of_run(run.train_roles)
+
+
+def _order_seed(study: Study, run: Run, seed: int) -> int:
+    """Runs on the same roles see the same order, so that they differ in what their config says and nothing else."""
+    word = hashlib.sha256(f"{study.config.seed} order {','.join(run.train_roles)} {seed}".encode()).digest()
+    return int.from_bytes(word[:4], "little")
+
+
+def _inputs(study: Study, run: Run, seed: int) -> dict:
+    """What decides a run's result. Earlier runs enter by the fingerprint of their parameters."""
+    earlier = {}
+    for kind in ("init", "teacher"):
+        if name := getattr(run, kind):
+            source = study.runs[name]
+            found = manifest.read(study.folder(source, source.seed_for(seed))) if source.train_roles else None
+            if source.train_roles and found is None:
+                raise FileNotFoundError(f"run {run.name} needs {name}, which is not trained yet")
+            earlier[kind] = (
+                found["facts"]["params_fingerprint"] if found else study.config.models[source.model].to_dict()
+            )
+    return dict(
+        run=dataclasses.asdict(run) | {"seeds": [seed]},
+        seed=study.config.seed,
+        model=study.config.models[run.model].to_dict(),
+        recipe=dataclasses.asdict(recipe_of(study.config, run)),
+        earlier=earlier,
+        pack=study.config.data.pack,
+        pretrain=study.config.data.pretrain.to_dict(),
+        **study.data.fingerprints(),
+    )
+
+
+def _evaluator(study: Study):
+    """`evaluate(model)`: loss on fixed samples of `dev` and the loss attack's AUC on fixed members and non-members."""
+    n, spec = study.config.probe.examples, scoring_spec(study)
+    samples = {role: study.data.of_role(role) for role in ("dev", "private", "heldout")}
+
+    def evaluate(model: Transformer) -> dict[str, float]:
+        means, dev = {}, 0.0
+        for role, encoded in samples.items():
+            indices = np.arange(min(n, len(encoded)))
+            counts, fields = scoring.score(model, encoded, indices, spec, study.mesh)
+            sums = np.add.reduceat(fields["logp"].astype(np.float64), np.concatenate([[0], np.cumsum(counts)[:-1]]))
+            means[role] = sums / counts
+            dev = -sums.sum() / counts.sum() if role == "dev" else dev
+        labels = np.repeat([1, 0], [len(means["private"]), len(means["heldout"])])
+        auc = roc_auc_score(labels, np.concatenate([means["private"], means["heldout"]]))
+        return {"eval/dev_loss": float(dev), "probe/loss_attack_auc": float(auc)}
+
+    return evaluate
+
+
+# ----------------------------------------------------------------------------------------------------------- score
+
+
+def scoring_spec(study: Study) -> scoring.Scoring:
+    s = study.config.score
+    grid = {"temperatures": tuple(s.temperatures), "top_k": tuple(s.top_k), "top_p": tuple(s.top_p)}
+    return scoring.Scoring(
+        study.vocab,
+        row_length=study.config.data.row_length or study.config.data.max_length,
+        batch_rows=s.batch_rows,
+        precision=s.precision,
+        **grid,
+    )
+
+
+def score_runs(study: Study) -> None:
+    """Score every run on every scored role, and write the text tables."""
+    prepare.write_text_tables(study.data, study.workdir / "scores" / "text")
+    roles = {r: study.data.of_role(r) for r in study.config.score.roles}
+    roles = {r: e for r, e in roles.items() if len(e)}
+    for run, seed in study.nodes:
+        _score(study, run, seed, roles)
+    if study.config.report.show_canaries and not study.only:
+        _show_canaries(study)
+
+
+def _score(study: Study, run: Run, seed: int, roles: dict[str, Encoded]) -> None:
+    folder = study.folder(run, seed, "scores") / "plain"
+    trained = manifest.read(study.folder(run, seed)) if run.train_roles else None
+    source = trained["facts"]["params_fingerprint"] if trained else study.config.models[run.model].to_dict()
+    spec = scoring_spec(study)
+    inputs = dict(
+        model=source,
+        scoring=dataclasses.asdict(spec),
+        roles=sorted(roles),
+        seed=study.config.seed,
+        **study.data.fingerprints(),
+    )
+    if manifest.begin(folder, inputs, f"scores of {run.name} seed {seed}"):
+        log.info("%s seed %d: scored before", run.name, seed)
+        return
+    model = load_run(study, run.name, seed)
+    facts = dict(params_fingerprint=checkpoint.fingerprint(model), code_version=code_version())
+    metadata = _metadata(study, run, seed, model, trained, spec)
+    with progress(sum(map(len, roles.values())), f"score {run.name} seed{seed}", unit="example") as bar:
+        for role, encoded in roles.items():
+            scoring.score_role(model, encoded, role, folder, spec, study.mesh, metadata, bar)
+    manifest.write(folder, inputs, facts)
+    shutil.rmtree(folder / "begun", ignore_errors=True)
+
+
+def _metadata(study: Study, run: Run, seed: int, model: Transformer, trained: dict | None, spec) -> dict[str, str]:
+    """Parquet metadata: what the table is, so that no program parses paths."""
+    provenance = dict(
+        technique=run.technique,
+        setting=run.setting,
+        train_roles=list(run.train_roles),
+        teacher=run.teacher or None,
+        init=run.init or None,
+        recipe=run.recipe or None,
+        swap_of=run.swap_of or None,
+        n_params=sum(int(x.size) for x in jax.tree.leaves(model)),
+        params_fingerprint=checkpoint.fingerprint(model),
+        tokenizer_fingerprint=study.data.tokenizer.fingerprint,
+        splits_fingerprint=prepare.splits_fingerprint(study.data.splits),
+        dtype="float32",
+        matmul_precision=spec.precision,
+        bos=study.config.data.bos,
+        code_version=code_version(),
+    )
+    step = trained["facts"]["step"] if trained else 0
+    known = dict(run=run.name, seed=seed, split_seed=study.config.seed, step=step, variant="plain")
+    return {k: str(v) for k, v in known.items()} | {"provenance": json.dumps(provenance)}
+
+
+def _show_canaries(study: Study, shown: int = 3) -> None:
+    """What models make of three invented canaries: of those inserted most often, the three smallest ids.
+
+    The guess is each model's most probable token at every position of the true response (teacher-forced).
+    """
+    splits = study.data.splits
+    inserted = splits[(splits.role == "canary") & (splits.coin == 1) & (splits.placement == "teacher_only")]
+    if inserted.empty:
+        return
+    chosen = inserted[inserted.repeats == inserted.repeats.max()].sort_values("example_id").head(shown)
+    encoded = study.data.encoded.select(chosen.example_id)
+    frame = study.data.frame.set_index("example_id")
+    rows = [
+        dict(
+            example_id=r.example_id,
+            prompt=frame.instruction[r.example_id],
+            response=frame.response[r.example_id],
+            repeats=int(r.repeats),
+            placement=r.placement,
+            coin=int(r.coin),
+            models={},
+        )
+        for r in chosen.itertuples()
+    ]
+    for name in ("teacher", study.config.attack.headline, "null"):
+        if name not in study.runs:
+            continue
+        model = load_run(study, name, study.runs[name].seeds[0])
+        counts, fields = scoring.score(model, encoded, np.arange(len(rows)), scoring_spec(study), study.mesh)
+        ends = np.cumsum(counts)
+        for row, start, end in zip(rows, ends - counts, ends):
+            guess = study.data.tokenizer.decode(fields["top1_id"][start:end].tolist())
+            row["models"][name] = dict(guess=guess, mean_logp=float(fields["logp"][start:end].mean()))
+    (study.workdir / "scores" / "text" / "canaries.json").write_text(json.dumps(rows, indent=1))
+
+
+# -------------------------------------------------------------------------------------------------------- versions
+
+
+@functools.lru_cache(maxsize=1)
+def code_version() -> str:
+    """First 12 hex of a sha256 over the source files of both packages."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent.parent
+    for path in sorted([*root.glob("kd_jax/**/*.py"), *root.glob("attacks/**/*.py")]):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    from importlib.metadata import version
+
+    return {p: version(p) for p in ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")}
+
+
+# ---------------------------------------------------------------------------------------------------------- result
+
+
+def audit_settings(study: Study) -> dict:
+    """What the audit needs to know besides the score tables."""
+    config = study.config
+    return dict(
+        title=config.title,
+        primary=config.attack.primary,
+        references=list(config.attack.references),
+        headline_model=config.attack.headline,
+        role_pair="private-heldout",
+        seed=config.seed,
+        blind=True,
+        bootstrap=config.attack.bootstrap,
+        tasks=True,
+        unit="record",
+        data=study.data.counts,
+        versions=versions(),
+        run_settings=manifest.flatten(json.loads(config.to_json_best_effort())),
+    )
+
+
+def _result_inputs(config: ConfigDict) -> dict:
+    """Config, code and the stamp of the data file: equal ones let a start end at once."""
+    path = Path(config.data.path)
+    stamp = [path.stat().st_size, path.stat().st_mtime_ns] if config.data.path and path.exists() else []
+    return {"config": manifest.digest(json.loads(config.to_json_best_effort())), "code": code_version(), "data": stamp}
+
+
+def last_result(config: ConfigDict, workdir: Path) -> str | None:
+    """The closing lines of a finished experiment with the same config, code and data, else None."""
+    found = manifest.read(workdir)
+    report = workdir / "report" / "index.html"
+    if found is None or found["inputs"] != _result_inputs(config) or not report.exists():
+        return None
+    return found["facts"]["lines"]
+
+
+def record_result(study: Study) -> str:
+    """Write the work directory's manifest and return the closing lines: the report's sentence and its path."""
+    summary = json.loads((study.workdir / "report" / "summary.json").read_text())
+    lines = f"{summary['sentence']}\nReport: {study.workdir / 'report' / 'index.html'}"
+    manifest.write(study.workdir, _result_inputs(study.config), {"lines": lines})
+    return lines

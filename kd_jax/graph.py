@@ -1,0 +1,86 @@
+"""The graph of runs that a config lists: which model is trained from what, on which roles, by which teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+
+TECHNIQUES = ("none", "sft", "kd")  # none: a base, as loaded, drawn or pre-trained
+SETTINGS = ("-", "disjoint", "shared")
+
+
+# The order among runs that do not need each other: the first verdict (teacher, null) comes first.
+PRIORITY = ("base_teacher", "base_student", "teacher", "null", "students/", "direct", "swap", "swap_students/")
+
+
+class GraphError(ValueError):
+    """A run that cannot be trained as the config states it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One node, e.g. `students/kd`; it is trained once for each of its seeds."""
+
+    name: str
+    model: str  # a key of config.models
+    technique: str  # none | sft | kd
+    init: str = ""  # the run it starts from; "" for a base
+    train_roles: tuple[str, ...] = ()
+    teacher: str = ""  # the run that teaches it
+    recipe: str = ""  # a key of config.recipes
+    setting: str = "-"  # students: disjoint | shared
+    swap_of: str = ""  # the run of which this is the counterfactual, taught by or trained on `heldout`
+    seeds: tuple[int, ...] = (0,)
+
+    def seed_for(self, seed: int) -> int:
+        """The seed of this run that a dependent run with `seed` uses: the same one where there is one."""
+        return seed if seed in self.seeds else self.seeds[0]
+
+
+def parse(runs: dict[str, dict], models: set[str], recipes: set[str]) -> list[Run]:
+    """Runs in an order in which every run comes after those it needs. Raises GraphError naming run and key."""
+    parsed = {name: _run(name, dict(entry), models, recipes) for name, entry in runs.items()}
+    for run in parsed.values():
+        for key in ("init", "teacher", "swap_of"):
+            other = getattr(run, key)
+            if other and other not in parsed:
+                raise GraphError(f"runs.{run.name}.{key} names {other!r}, which is not a run; runs: {sorted(parsed)}")
+    return _ordered(parsed)
+
+
+def _run(name: str, entry: dict, models: set[str], recipes: set[str]) -> Run:
+    known = {f.name for f in dataclasses.fields(Run)} - {"name"}
+    if unknown := set(entry) - known:
+        raise GraphError(f"runs.{name} has unknown keys {sorted(unknown)}; known: {sorted(known)}")
+    run = Run(name=name, **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in entry.items()})
+    trained = run.technique != "none" or bool(run.train_roles)
+    checks = [
+        (run.model in models, f"model {run.model!r} is not one of {sorted(models)}"),
+        (run.technique in TECHNIQUES, f"technique {run.technique!r} is not one of {TECHNIQUES}"),
+        (run.setting in SETTINGS, f"setting {run.setting!r} is not one of {SETTINGS}"),
+        (bool(run.seeds), "seeds is empty"),
+        (bool(run.teacher) == (run.technique == "kd"), "a teacher belongs to technique kd, and kd needs one"),
+        (not trained or run.recipe in recipes, f"recipe {run.recipe!r} is not one of {sorted(recipes)}"),
+        (run.technique == "none" or bool(run.init), "init must name the run it starts from"),
+        (run.technique == "none" or bool(run.train_roles), "train_roles is empty"),
+        (run.setting != "disjoint" or "private" not in run.train_roles, "setting disjoint, but trains on private"),
+    ]
+    for good, message in checks:
+        if not good:
+            raise GraphError(f"runs.{name}: {message}")
+    return run
+
+
+def _ordered(runs: dict[str, Run]) -> list[Run]:
+    done: dict[str, Run] = {}
+    waiting = {name: runs[name] for name in sorted(runs, key=_priority)}
+    while waiting:
+        ready = [r for r in waiting.values() if all(d in done for d in (r.init, r.teacher) if d)]
+        if not ready:
+            raise GraphError(f"runs depend on one another in a circle: {sorted(waiting)}")
+        done[ready[0].name] = waiting.pop(ready[0].name)
+    return list(done.values())
+
+
+def _priority(name: str) -> tuple[int, str]:
+    ranks = [i for i, first in enumerate(PRIORITY) if name == first or (first.endswith("/") and name.startswith(first))]
+    return (ranks[0] if ranks else len(PRIORITY), name)

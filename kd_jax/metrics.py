@@ -1,0 +1,68 @@
+"""What a run shows while it works: TensorBoard events, the same as JSON lines, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class Metrics:
+    """Scalars of one run into `folder` (process 0 writes, the others do nothing).
+
+    A resumed run continues at `step`: JSON lines beyond it are dropped, TensorBoard purges its own.
+    """
+
+    def __init__(self, folder: str | Path, *, step: int = 0):
+        self._events = self._lines = None
+        if jax.process_index() != 0:
+            return
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        kept = [line for line in _read_lines(path) if line["step"] <= step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._lines = path.open("a")
+        self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One row of scalars; names like `train/loss` become TensorBoard's groups."""
+        if self._lines is None:
+            return
+        self._lines.write(json.dumps({"step": step, **{k: float(v) for k, v in values.items()}}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, float(value), step)
+
+    def close(self) -> None:
+        if self._lines is not None:
+            self._lines.close()
+            self._events.close()
+
+
+def _read_lines(path: Path) -> list[dict]:
+    """The complete lines of a JSONL file; a line cut off by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def progress(total: int, label: str, *, initial: int = 0, unit: str = "step") -> tqdm:
+    """Progress bar with rate and time left, on process 0 only."""
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=label,
+        unit=unit,
+        disable=jax.process_index() != 0,
+        mininterval=2.0 if sys.stderr.isatty() else 20.0,  # a log file needs fewer lines than a terminal
+        dynamic_ncols=True,
+    )

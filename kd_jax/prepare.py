@@ -1,0 +1,167 @@
+"""From a config to encoded records with roles: everything that happens before the first model is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from ml_collections import ConfigDict
+
+from kd_jax.data import encode, records, roles, synthetic, tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Records of one study. `encoded` holds every record and canary, `splits` says which role each has."""
+
+    frame: pd.DataFrame
+    splits: pd.DataFrame
+    tokenizer: tokenizer.Tokenizer
+    encoded: encode.Encoded
+    counts: dict[str, int]
+
+    def of_role(self, role: str) -> encode.Encoded:
+        return self.encoded.select(self.splits.example_id[self.splits.role == role])
+
+    def of_run(self, train_roles: tuple[str, ...]) -> encode.Encoded:
+        """What a run trains on: its roles, its half of `calib`, and the canaries that its roles carry, repeated."""
+        wanted = roles.training_ids(self.splits, train_roles)
+        return self.encoded.select(np.repeat(wanted.example_id.to_numpy(), wanted.repeats.to_numpy()))
+
+    def fingerprints(self) -> dict[str, str]:
+        return {
+            "data": self.encoded.fingerprint(),
+            "tokenizer": self.tokenizer.fingerprint,
+            "splits": splits_fingerprint(self.splits),
+        }
+
+
+def prepare(config: ConfigDict, workdir: Path) -> Data:
+    """Load or invent records, draw roles and canaries, get the tokenizer, encode. Raises DataError before any training.
+
+    Writes `splits.parquet` and `tokenizer/` under `workdir`, and refuses a workdir whose splits are other ones.
+    """
+    frame, counts = _load(config)
+    canaries, rows = _canaries(config)
+    splits = pd.concat([roles.assign(frame, dict(config.data.roles), config.seed), rows], ignore_index=True)
+    _keep(splits, workdir / "splits.parquet")
+    everything = pd.concat([frame, canaries], ignore_index=True)
+    public = everything[everything.example_id.isin(splits.example_id[splits.role == "public"])]
+    tok = _tokenizer(config, public, workdir)
+    encoded = encode.encode(everything, tok, **_encoding(config))
+    counts |= {k: v for k, v in encoded.counts.items() if v}
+    left = splits[splits.example_id.isin(encoded.record_id)]
+    roles.check(left, {"private": config.data.minimum, "heldout": config.data.minimum, "public": 1, "dev": 1})
+    counts |= {f"role {r}": int(n) for r, n in left.role.value_counts().sort_index().items()}
+    return Data(everything, splits, tok, encoded, counts)
+
+
+def pretraining(config: ConfigDict, tok: tokenizer.Tokenizer) -> encode.Encoded:
+    """Plain text for base runs, in windows of `data.max_length` tokens."""
+    source = config.data.pretrain
+    frame = records.load(source.path, text_unit=source.text_unit, limit=source.limit or None, seed=config.seed)
+    return encode.encode(frame, tok, **(_encoding(config) | {"template": "text"}))
+
+
+def _encoding(config: ConfigDict) -> dict:
+    keys = ("template", "bos", "max_length", "max_prompt", "long_prompt", "joint")
+    return {k: config.data[k] for k in keys}
+
+
+def _load(config: ConfigDict) -> tuple[pd.DataFrame, dict[str, int]]:
+    data = config.data
+    if data.synthetic.records:
+        frame = synthetic.generate(data.synthetic.records, overlap=data.synthetic.overlap, seed=config.seed)
+    else:
+        frame = records.load(
+            data.path or None,
+            dataset=data.dataset or None,
+            split=data.split,
+            format=data.format,
+            text_unit=data.text_unit,
+            group_key=data.group_key or None,
+            seed=config.seed,
+        )
+    counts = {"records": len(frame), "duplicates removed": int(frame.attrs.get("duplicates", 0))}
+    size = sum(frame[c].fillna("").str.len() for c in ("instruction", "input", "response"))
+    keep = ~frame.task.isin(data.exclude_tasks) & ((size <= data.max_chars) if data.max_chars else True)
+    counts["longer than data.max_chars or of an excluded task"] = int((~keep).sum())
+    frame = frame[keep]
+    if data.limit and len(frame) > data.limit:  # by seeded hash, never by order
+        rank = [hashlib.sha256(f"{config.seed}:{i}".encode()).digest() for i in frame.example_id]
+        frame = frame.iloc[sorted(sorted(range(len(frame)), key=rank.__getitem__)[: data.limit])]
+    counts["records used"] = len(frame)
+    return frame.reset_index(drop=True), counts
+
+
+def _canaries(config: ConfigDict) -> tuple[pd.DataFrame | None, pd.DataFrame | None]:
+    settings = config.data.canaries
+    if not settings.per_cell:
+        return None, None
+    return roles.make_canaries(settings.per_cell, repeats=tuple(settings.repeats), seed=config.seed)
+
+
+def _tokenizer(config: ConfigDict, public: pd.DataFrame, workdir: Path) -> tokenizer.Tokenizer:
+    spec = config.tokenizer.to_dict()
+    if not spec["train_size"]:
+        if not any(spec[k] for k in ("path", "vocab", "json")):
+            spec["path"] = config.models.teacher.path  # the models bring their own
+            spec["revision"] = config.models.teacher.revision
+        return tokenizer.load(spec)
+    saved = workdir / "tokenizer" / "tokenizer.json"
+    if saved.exists():
+        return tokenizer.load({"json": str(saved)})
+    tok = tokenizer.load(spec, train_texts=_texts(public, config.data.template))
+    tok.save(saved.parent)
+    return tok
+
+
+def _texts(frame: pd.DataFrame, template: str) -> list[str]:
+    """Records as a model reads them, for training a tokenizer."""
+    forms = encode.TEMPLATES[template]
+    if forms is None:
+        return frame.response.tolist()
+    return [
+        forms[bool(row.input)].format(instruction=row.instruction, input=row.input) + row.response
+        for row in frame.itertuples()
+    ]
+
+
+def splits_fingerprint(splits: pd.DataFrame) -> str:
+    """First 16 hex of the sha256 of the splits table, whatever its row order."""
+    rows = splits.sort_values("example_id").reset_index(drop=True)
+    return hashlib.sha256(rows.to_csv(index=False).encode()).hexdigest()[:16]
+
+
+def _keep(splits: pd.DataFrame, path: Path) -> None:
+    """Write the splits once; a later start must draw the same ones."""
+    if path.exists():
+        if splits_fingerprint(pd.read_parquet(path)) != splits_fingerprint(splits):
+            raise roles.DataError(
+                f"{path} holds other roles than this config draws (data, seed or shares changed): use another --workdir"
+            )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(".splits.parquet.tmp")
+    splits.to_parquet(temporary, index=False)
+    os.chmod(temporary, 0o600)
+    os.replace(temporary, path)
+
+
+def write_text_tables(data: Data, folder: Path) -> None:
+    """What text-only classifiers need: `<role>.parquet`, `splits.parquet`, `token_counts.npz`."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for role in sorted(set(data.splits.role) - {"public"}):
+        encoded = data.of_role(role)
+        if len(encoded):
+            encode.text_table(encoded, data.frame, data.tokenizer).to_parquet(folder / f"{role}.parquet", index=False)
+    data.splits.to_parquet(folder / "splits.parquet", index=False)
+    np.savez(folder / "token_counts.npz", counts=encode.token_counts(data.of_role("public"), data.tokenizer.vocab_size))
+    (folder / "counts.json").write_text(json.dumps(data.counts, indent=1))
+    for path in folder.iterdir():
+        os.chmod(path, 0o600)

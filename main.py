@@ -1,0 +1,70 @@
+"""Train, distil, score and audit: `python main.py --config=configs/X.py --workdir=DIR [--config.key=value]`.
+
+Running the same command again continues: finished work is skipped, interrupted work resumes at its last checkpoint,
+work whose inputs changed is refused with a message that says which.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+import attacks.audit
+import attacks.report
+from kd_jax import experiment, sharding
+from kd_jax.data.records import DataError
+from kd_jax.experiment import Study
+from kd_jax.graph import GraphError
+from kd_jax.hf import CheckpointError
+from kd_jax.manifest import StaleWork
+
+STAGES: dict[str, Callable[[Study], object]] = {
+    "train": experiment.train_runs,
+    "score": experiment.score_runs,
+    "attack": lambda s: attacks.audit.audit(s.workdir / "scores", s.workdir / "report", experiment.audit_settings(s)),
+    "report": lambda s: attacks.report.build(s.workdir / "report", show_canaries=s.config.report.show_canaries),
+}
+EXPECTED = (DataError, GraphError, CheckpointError, StaleWork, FileNotFoundError, FloatingPointError)
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "config file, e.g. configs/quickstart.py or configs/gpt2_kd.py:small"
+)
+WORKDIR = flags.DEFINE_string("workdir", "runs/default", "directory of all that the experiment writes")
+CHOSEN = flags.DEFINE_list("stages", list(STAGES), f"stages to run, in this order: {', '.join(STAGES)}")
+ONLY = flags.DEFINE_string("only", "", "train and score one run alone, e.g. students/kd")
+
+
+def main(_: list[str]) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("kd_jax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.WARNING)  # libraries report every checkpoint they touch
+    if unknown := set(CHOSEN.value) - set(STAGES):
+        sys.exit(f"error: unknown stages {sorted(unknown)}; known: {list(STAGES)}")
+    config, workdir = CONFIG.value, Path(WORKDIR.value)
+    everything = not ONLY.value and set(CHOSEN.value) == set(STAGES)
+    try:
+        if everything and (last := experiment.last_result(config, workdir)):
+            print(f"All done before.\n{last}")
+            return
+        with jax.set_mesh(sharding.make_mesh(**config.mesh)):
+            study = experiment.open_study(config, workdir, jax.sharding.get_mesh(), ONLY.value)
+            for name, stage in STAGES.items():
+                if name in CHOSEN.value:
+                    stage(study)
+        if everything:
+            print(experiment.record_result(study))
+    except EXPECTED as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command continues from the last checkpoint")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

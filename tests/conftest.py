@@ -1,0 +1,41 @@
+"""Eight virtual devices for every test, and the closing table of scientific checks."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+_CHECKS: dict[str, tuple[float, float, int]] = {}  # name -> worst deviation, its tolerance, number of comparisons
+
+
+@pytest.fixture
+def science():
+    """`science(name, deviation, tolerance)`: assert that a deviation is within tolerance and put it in the table."""
+
+    def check(name: str, deviation: float, tolerance: float) -> None:
+        deviation = float(deviation)
+        worst, _, count = _CHECKS.get(name, (float("-inf"), tolerance, 0))
+        _CHECKS[name] = (max(worst, deviation), tolerance, count + 1)
+        assert deviation <= tolerance, f"{name}: deviation {deviation:.3g} exceeds {tolerance:.3g}"
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not _CHECKS:
+        return
+    terminalreporter.section("scientific checks: worst deviation")
+    width = max(map(len, _CHECKS))
+    for name, (worst, tolerance, count) in sorted(_CHECKS.items()):
+        terminalreporter.write_line(f"{name:<{width}}  {worst:10.3g}  (allowed {tolerance:.3g}, {count} comparisons)")
+    try:
+        import torch
+
+        terminalreporter.write_line(f"parity against PyTorch {torch.__version__}, run here")
+    except ImportError:
+        terminalreporter.write_line(
+            "parity against stored float64 logits (made by PyTorch on Python 3.11): none runs here"
+        )

@@ -1,0 +1,121 @@
+"""Score tables with planted leaks, written as the scoring pass writes them. Used by the tests of `attacks`."""
+
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+PROVENANCE = {
+    "technique": "sft", "setting": "-", "train_roles": ["public"], "teacher": None, "init": "base_student",
+    "recipe": "matched", "swap_of": None, "n_params": 1000, "params_fingerprint": "p", "tokenizer_fingerprint": "t",
+    "splits_fingerprint": "s", "dtype": "float32", "matmul_precision": "highest", "bos": "none", "code_version": "1",
+}
+VOCAB = 400
+INTEGERS = dict.fromkeys(("target_id", "rank", "ties", "top1_id"), pa.int32()) | {"segment": pa.int8()}
+
+
+class World:
+    """Records of one split; every run written into it scores the same tokens.
+
+    A run's leak is a number of nats that it adds to the log-probability of every token of a role.
+    """
+
+    def __init__(self, folder: Path, sizes: dict[str, int], seed: int = 0, mean_length: int = 25):
+        self.folder, self.rng, self.roles = Path(folder), np.random.default_rng(seed), {}
+        for role, n in sizes.items():
+            lengths = self.rng.integers(mean_length // 2, mean_length * 3 // 2, n)
+            self.roles[role] = {
+                "ids": np.array([f"{role}-{i:05d}" for i in self.rng.permutation(n)]),
+                "tasks": np.array(["open_qa", "summary"])[self.rng.integers(2, size=n)],
+                "lengths": lengths,
+                "targets": self.rng.integers(VOCAB, size=lengths.sum()),
+                # Records differ in difficulty: what a reference model takes away.
+                "hardness": np.repeat(self.rng.gamma(8, 0.25, n), lengths) * self.rng.gamma(2, 0.5, lengths.sum()),
+            }
+
+    def write(self, run: str, leaks: dict[str, float] | None = None, seed: int = 0, gain: float = 0.0,
+              noise: float = 0.3, roles=None, **provenance) -> None:
+        """leaks: nats per role.  gain: nats on everything.  noise: of this run alone, per token."""
+        for role in roles or self.roles:
+            self.write_role(run, role, (leaks or {}).get(role, 0.0) + gain, seed, noise, **provenance)
+
+    def table(self, role: str, nats: float, noise: float) -> pa.Table:
+        made, lengths = self.roles[role], self.roles[role]["lengths"]
+        total = lengths.sum()
+        hard = made["hardness"] + noise * np.abs(self.rng.normal(size=total))
+        # Nats are spread over the tokens in proportion: the hardest gain most, and no log-probability becomes positive.
+        logp = np.minimum(-hard + nats * hard / hard.mean(), -1e-4)
+        fields = {
+            "target_id": made["targets"], "segment": np.ones(total), "logp": logp, "log1m_p": np.log1p(-np.exp(logp)),
+            "entropy": made["hardness"] * 0.8 + 0.2, "logp_std": 0.8 + 0.1 * self.rng.random(total),
+            "rank": np.zeros(total), "ties": np.zeros(total), "top1_id": made["targets"], "top1_logp": logp,
+            "top2_gap": np.ones(total),
+        }
+        text = [" ".join(map(str, made["targets"][a:a + n])).encode()
+                for a, n in zip(np.cumsum(lengths) - lengths, lengths, strict=True)]
+        columns = {
+            "example_id": made["ids"], "role": [role] * len(lengths), "task": made["tasks"],
+            "n_tokens": pa.array(lengths, pa.int32()), "n_bytes": [len(t) for t in text],
+            "zlib_bytes": [len(zlib.compress(t)) for t in text], "first_div": np.zeros(len(lengths), np.int32),
+        }
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+        lists = {name: pa.ListArray.from_arrays(offsets, pa.array(values.astype(np.float64)).cast(
+            INTEGERS.get(name, pa.float32()), safe=False)) for name, values in fields.items()}
+        return pa.table(columns | lists)
+
+    def write_role(self, run, role, nats=0.0, seed=0, noise=0.3, **provenance) -> None:
+        self.save(self.table(role, nats, noise), run, role, seed, **provenance)
+
+    def save(self, table: pa.Table, run: str, role: str, seed: int = 0, shard: int = 0, **provenance) -> None:
+        told = {"run": run, "seed": str(seed), "split_seed": "0", "step": "10", "variant": "plain",
+                "provenance": json.dumps(PROVENANCE | provenance)}
+        path = self.folder / run / f"seed{seed}" / "plain" / f"{role}-{shard:05d}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table.replace_schema_metadata(told), path, compression="zstd")
+
+    def write_text(self, shift: float = 0.0, roles=None) -> None:
+        """Text tables, splits and token counts. shift: share of private responses that carry a word of their own."""
+        text = self.folder / "text"
+        text.mkdir(parents=True, exist_ok=True)
+        splits = []
+        for role in roles or self.roles:
+            made = self.roles[role]
+            responses = np.split(made["targets"], np.cumsum(made["lengths"])[:-1])
+            marked = self.rng.random(len(responses)) < (shift if role == "private" else 0)
+            responses = [np.append(r, 7) if m else r for r, m in zip(responses, marked, strict=True)]
+            frame = pd.DataFrame({
+                "example_id": made["ids"], "group": made["ids"], "task": made["tasks"],
+                "prompt_ids": [self.rng.integers(VOCAB, size=8) for _ in responses], "response_ids": responses,
+                "f_chars": [4 * len(r) for r in responses], "f_digits": self.rng.poisson(2, len(responses)),
+            })
+            frame.to_parquet(text / f"{role}.parquet")
+            placement = np.array(["teacher_only", "none"])[self.rng.integers(2, size=len(frame))]
+            splits.append(pd.DataFrame({
+                "example_id": made["ids"], "role": role, "coin": self.rng.integers(2, size=len(frame)),
+                "placement": placement if role == "canary" else ""}))
+        pd.concat(splits).to_parquet(text / "splits.parquet")
+        np.savez(text / "token_counts.npz", counts=np.arange(VOCAB))
+
+
+def chain(folder: Path, *, members: int = 300, nonmembers: int = 300, seed: int = 0, student_seeds=(0,),
+          leak: float = 0.3) -> World:
+    """A whole experiment: bases, teacher, null, swap, direct, two students and their swaps."""
+    world = World(folder, {"private": members, "heldout": nonmembers, "dev": 120, "calib": 160, "canary": 80}, seed)
+    world.write("base_student", gain=-0.4, train_roles=[], init=None)
+    world.write("base_teacher", gain=-0.3, train_roles=[], init=None)
+    world.write("teacher", {"private": 2.5 * leak}, train_roles=["private"], init="base_teacher")
+    world.write("swap", {"heldout": 2.5 * leak}, train_roles=["heldout"], init="base_teacher", swap_of="teacher")
+    world.write("null")
+    world.write("direct", {"private": 2 * leak}, train_roles=["private"])
+    for name, factor in (("kd", 1.0), ("gkd", 0.5)):
+        for k in student_seeds:
+            told = {"technique": name, "setting": "disjoint"}
+            world.write(f"students/{name}", {"private": factor * leak}, seed=k, teacher="teacher", **told)
+            world.write(f"swap_students/{name}", {"heldout": factor * leak}, seed=k, teacher="swap",
+                        swap_of=f"students/{name}", **told)
+    world.write_text()
+    return world

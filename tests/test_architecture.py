@@ -1,0 +1,68 @@
+"""Arrows run one way: the imports between our own modules are what the README says they are."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# Layers from the bottom up; a module imports only from layers below its own.
+LAYERS = [
+    {"kd_jax.losses", "kd_jax.sharding", "kd_jax.manifest", "kd_jax.graph", "kd_jax.metrics", "kd_jax.data.records"},
+    {
+        "kd_jax.head",
+        "kd_jax.optim",
+        "kd_jax.checkpoint",
+        "kd_jax.data.tokenizer",
+        "kd_jax.data.synthetic",
+        "kd_jax.data.roles",
+    },
+    {"kd_jax.transformer", "kd_jax.data.encode"},
+    {"kd_jax.families"},
+    {"kd_jax.hf", "kd_jax.data.batches", "kd_jax.train", "kd_jax.prepare"},
+    {"kd_jax.score"},
+    {"kd_jax.experiment"},
+]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def modules(package: str) -> dict[str, Path]:
+    return {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts): p
+        for p in (ROOT / package).rglob("*.py")
+        if p.stem != "__init__"
+    }
+
+
+def test_imports_in_kd_jax_point_downwards():
+    level = {name: i for i, names in enumerate(LAYERS) for name in names}
+    assert set(level) == set(modules("kd_jax")), "every module has its layer"
+    for name, path in modules("kd_jax").items():
+        for other in imports(path) & set(level):
+            assert level[other] < level[name], f"{name} imports {other}"
+
+
+def test_training_never_imports_the_audit():
+    for name, path in modules("kd_jax").items():
+        assert not {i for i in imports(path) if i.split(".")[0] in ("attacks", "configs", "main")}, name
+
+
+def test_the_audit_needs_no_accelerator():
+    for path in (ROOT / "attacks").rglob("*.py"):
+        assert not {
+            i for i in imports(path) if i.split(".")[0] in ("jax", "jaxlib", "flax", "optax", "kd_jax", "transformers")
+        }, path
+
+
+def test_the_program_never_imports_pytorch_or_pickle():
+    for package in ("kd_jax", "attacks", "configs"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert not {i for i in imports(path) if i.split(".")[0] in ("torch", "pickle", "dill", "cloudpickle")}, path

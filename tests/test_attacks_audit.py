@@ -1,0 +1,452 @@
+"""The whole audit on planted score tables: numbers, gates, refusals, and reasons for what is missing."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from planted_scores import World, chain
+from sklearn.metrics import roc_auc_score
+
+from attacks import audit as audit_module
+from attacks.audit import COLUMNS, audit
+from attacks.gates import SEPARATED, SPLIT_LEAKS, UNDERTRAINED
+from attacks.tables import TableError
+
+QUICK = {"bootstrap": 200, "tasks": False}
+KD = {"headline_model": "students/kd"}
+
+
+def tables(out: Path) -> dict[str, pd.DataFrame]:
+    read = lambda name: pd.read_csv(out / f"{name}.csv", keep_default_na=False, na_values=[""])
+    return {name: read(name).assign(**({"seed": read(name)["seed"].astype(str)})) for name in COLUMNS}
+
+
+def row(frame: pd.DataFrame, **wanted) -> pd.Series:
+    for key, value in wanted.items():
+        frame = frame[frame[key] == value]
+    assert len(frame) == 1, (wanted, len(frame))
+    return frame.iloc[0]
+
+
+def leak(found, model, attack="loss", role_pair="private-heldout", metric="auc", seed="0", task="all"):
+    at = {"role_pair": role_pair, "metric": metric, "seed": seed, "task": task}
+    return row(found["membership"], model=model, attack=attack, **at)
+
+
+def reasons(summary, **wanted) -> set[str]:
+    return {u["reason"] for u in summary["unresolved"] if all(u[k] == v for k, v in wanted.items())}
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """One chain with one seed: (folder of scores, folder of results, tables, summary)."""
+    folder = tmp_path_factory.mktemp("chain")
+    chain(folder / "scores", members=260, nonmembers=240)
+    summary = audit(folder / "scores", folder / "out", {"title": "planted", **KD})
+    return folder / "scores", folder / "out", tables(folder / "out"), summary
+
+
+def copy(experiment, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(experiment[0], tmp_path / "scores"))
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_columns_and_files(experiment):
+    _, out, found, summary = experiment
+    for name, columns in COLUMNS.items():
+        assert list(found[name].columns) == columns.split() and len(found[name])
+    roc = pd.read_parquet(out / "roc.parquet")
+    assert list(roc.columns) == ["model", "attack", "role_pair", "seed", "fpr", "tpr"]
+    assert " ".join(summary) == ("title headline sentence comparison worst verdicts warnings not_tested unresolved "
+                                 "runs unit data run_settings versions canaries")
+    assert summary == json.loads((out / "summary.json").read_text())
+    assert "260," in (out / "membership.csv").read_text() and "260.0" not in (out / "membership.csv").read_text()
+
+
+def test_auc_is_that_of_the_tables(experiment):
+    scores, _, found, _ = experiment
+    means, labels = [], []
+    for role, label in (("private", 1), ("heldout", 0)):
+        frame = pd.read_parquet(scores / "students/kd/seed0/plain" / f"{role}-00000.parquet")
+        base = pd.read_parquet(scores / "base_student/seed0/plain" / f"{role}-00000.parquet")
+        assert list(frame["example_id"]) == list(base["example_id"])
+        means += [np.mean(a - b.astype(float)) for a, b in zip(frame["logp"], base["logp"], strict=True)]
+        labels += [label] * len(frame)
+    value = leak(found, "students/kd", "reference:base_student")
+    assert value["value"] == pytest.approx(roc_auc_score(labels, means), abs=1e-12)
+    assert value["ci_low"] < value["value"] < value["ci_high"] and value["ci_kind"] == "examples"
+    assert (value["access"], value["n_members"], value["n_nonmembers"]) == ("logprobs+base-model", 260, 240)
+
+
+def test_every_model_attack_and_pair_has_its_rows(experiment):
+    _, _, found, _ = experiment
+    whole = found["membership"].query("task == 'all' and role_pair == 'private-heldout'")
+    assert whole.groupby(["model", "attack"]).size().eq(6).all()
+    assert "reference:null" not in set(whole.query("model == 'null'")["attack"])
+    assert set(whole.query("model == 'direct'")["attack"]) == {
+        "loss", "zlib", "min_k", "min_k_plus_plus",
+        "reference:base_student", "reference:base_teacher", "reference:null"}
+    assert set(found["membership"]["task"]) >= {"all", "open_qa", "summary", "placement=teacher_only"}
+    assert (found["membership"].query("metric != 'auc'")["task"] == "all").all()
+
+
+def test_swap_is_the_mirror_and_the_average_is_the_mean(experiment):
+    _, _, found, _ = experiment
+    for attack in ("loss", "reference:null"):
+        plain = leak(found, "students/kd", attack)
+        swap = leak(found, "swap_students/kd", attack, "heldout-private")
+        mean = leak(found, "students/kd", attack, "averaged")
+        assert mean["value"] == pytest.approx((plain["value"] + swap["value"]) / 2)
+        assert mean["ci_high"] - mean["ci_low"] < plain["ci_high"] - plain["ci_low"]
+    assert leak(found, "swap")["value"] < 0.5 < leak(found, "swap", role_pair="heldout-private")["value"]
+    assert leak(found, "teacher", role_pair="averaged")["value"] > 0.6
+    rates = found["membership"].query("model == 'students/kd' and attack == 'loss' and metric == 'tpr_at_fpr_0.25'")
+    by_pair = rates.set_index("role_pair")["value"]
+    swap_rate = leak(found, "swap_students/kd", "loss", "heldout-private", "tpr_at_fpr_0.25")["value"]
+    assert by_pair["averaged"] == pytest.approx((by_pair["private-heldout"] + swap_rate) / 2)
+
+
+def test_differences_are_paired_and_corrected(experiment):
+    _, _, found, _ = experiment
+    d = found["differences"]
+    pairs = set(zip(d["model_a"], d["model_b"], strict=True))
+    assert {("students/kd", other) for other in ("null", "swap_students/kd", "teacher")} <= pairs
+    assert ("students/gkd", "students/kd") in pairs
+    one = row(d, model_a="students/kd", model_b="null", attack="loss", role_pair="private-heldout")
+    assert one["difference"] == pytest.approx(leak(found, "students/kd")["value"] - leak(found, "null")["value"])
+    unpaired = leak(found, "students/kd")["ci_high"] - leak(found, "students/kd")["ci_low"]
+    assert one["ci_high"] - one["ci_low"] < unpaired / 2
+    assert (d["p_corrected"] >= d["p_value"]).all() and (d["p_corrected"] > d["p_value"]).any()
+    teacher = d[(d["model_b"] == "teacher") & (d["role_pair"] == "averaged")]
+    assert len(teacher) and (teacher["difference"] < 0).all()
+
+
+def test_too_few_non_members_is_said(experiment):
+    _, _, found, summary = experiment
+    assert np.isnan(leak(found, "students/kd", metric="tpr_at_fpr_0.001")["value"])
+    assert leak(found, "students/kd", metric="tpr_at_fpr_0.01")["value"] >= 0
+    at = {"role_pair": "private-heldout", "metric": "tpr_at_fpr_0.001"}
+    (why,) = reasons(summary, model="students/kd", attack="loss", **at)
+    assert why == "too few non-members: an FPR of 0.1 % needs 1000 or more, there are 240"
+    assert any("0.1 %" in line for line in summary["not_tested"])
+    empty = found["membership"]["value"].isna().sum() + found["differences"]["difference"].isna().sum()
+    assert empty == len(summary["unresolved"])
+
+
+def test_headline_and_sentence(experiment):
+    _, _, found, summary = experiment
+    headline, kd = summary["headline"], leak(found, "students/kd")
+    assert headline["refused"] is None and headline["value"] == kd["value"] and headline["model"] == "students/kd"
+    said = summary["sentence"]
+    assert f"in {100 * kd['value']:.1f} % [{100 * kd['ci_low']:.1f}, {100 * kd['ci_high']:.1f}]" in said
+    assert "260 members, 240 non-members, one seed" in said and said.endswith("do not extrapolate.")
+    for name, model in (("null", "null"), ("teacher", "teacher"), ("direct", "direct"), ("swap", "swap_students/kd")):
+        assert summary["comparison"][name]["value"] == leak(found, model)["value"]
+    assert 0.35 < summary["comparison"]["blind"]["value"] < 0.65
+    students = found["membership"].query("model in ('students/kd', 'students/gkd') and metric == 'auc'")
+    students = students.query("role_pair != 'canary_in-canary_out'")
+    assert summary["worst"]["row"]["value"] == students["value"].max() and summary["worst"]["rows"] == len(students)
+
+
+def test_one_seed_gives_no_ranking(experiment):
+    summary = experiment[3]
+    assert any("One seed gives no ranking" in v for v in summary["verdicts"])
+    assert not any("leaks more than" in v for v in summary["verdicts"])
+    assert any(w.startswith("One seed for") and "students/kd" in w for w in summary["warnings"])
+
+
+def test_gates_are_calm_where_nothing_is_wrong(experiment):
+    _, _, found, _ = experiment
+    gates = found["gates"]
+    assert set(gates["gate"]) == {"blind", "blind:canary_in-canary_out", "null", "utility", "abstentions", "clamped"}
+    assert (gates["verdict"].str.startswith("ok")).all()
+    assert set(gates.query("gate == 'null'")["model"]) == {"null", "base_student", "base_teacher"}
+    dev = found["utility"].query("measure == 'dev_loss'").set_index("model")
+    gap = row(gates, gate="utility", model="students/kd", metric="dev_loss_minus_base_student")
+    assert gap["value"] == pytest.approx(dev.loc["students/kd", "value"] - dev.loc["base_student", "value"])
+    assert gap["ci_high"] - gap["ci_low"] < dev.loc["students/kd", "ci_high"] - dev.loc["students/kd", "ci_low"]
+    perplexity = found["utility"].query("measure == 'perplexity'").set_index("model")["value"]
+    np.testing.assert_allclose(perplexity, np.exp(dev["value"]))
+
+
+def test_dev_loss_is_the_mean_over_tokens(experiment):
+    scores, _, found, _ = experiment
+    frame = pd.read_parquet(scores / "teacher/seed0/plain/dev-00000.parquet")
+    value = -np.concatenate(frame["logp"].to_list()).astype(float).mean()
+    assert row(found["utility"], model="teacher", measure="dev_loss")["value"] == pytest.approx(value)
+
+
+def test_same_tables_same_files_in_any_row_order(experiment, tmp_path):
+    scores = copy(experiment, tmp_path)
+    audit(scores, tmp_path / "one", QUICK | KD | {"blind": False})
+    for run in ("students/kd", "null"):
+        for path in (scores / run / "seed0" / "plain").glob("*.parquet"):
+            rows = pq.read_table(path)
+            pq.write_table(rows.take(np.random.default_rng(0).permutation(len(rows))), path)
+    audit(scores, tmp_path / "two", QUICK | KD | {"blind": False})
+    for name in COLUMNS:
+        assert (tmp_path / "one" / f"{name}.csv").read_bytes() == (tmp_path / "two" / f"{name}.csv").read_bytes()
+
+
+# --- several seeds ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("seeds")
+    chain(folder / "scores", members=150, nonmembers=150, student_seeds=(0, 1, 2))
+    summary = audit(folder / "scores", folder / "out", QUICK | KD)
+    return tables(folder / "out"), summary
+
+
+def test_seeds_are_pooled_and_ranked(seeded):
+    found, summary = seeded
+    each = [leak(found, "students/kd", seed=s)["value"] for s in "012"]
+    pooled = leak(found, "students/kd", seed="all")
+    assert pooled["value"] == pytest.approx(np.mean(each)) and pooled["ci_kind"] == "both"
+    assert leak(found, "students/kd", role_pair="averaged", seed="all")["ci_kind"] == "both"
+    assert summary["headline"]["seed"] == "all" and "3 seeds" in summary["sentence"]
+    assert "students/kd leaks more than students/gkd" in " ".join(summary["verdicts"])
+    gap = row(found["differences"], model_a="students/gkd", model_b="students/kd", attack="loss", seed="all",
+              role_pair="private-heldout")
+    assert gap["ci_high"] < 0 and gap["ci_kind"] == "both"
+    assert set(found["membership"].query("model == 'teacher'")["seed"]) == {"0"}
+    assert {"0", "1", "2", "all"} == set(found["utility"].query("model == 'students/kd'")["seed"])
+
+
+def test_spread_over_seeds_widens_the_interval(tmp_path):
+    world = World(tmp_path / "scores", {"private": 150, "heldout": 150})
+    for k, nats in enumerate((0.0, 0.6, 1.2)):
+        world.write("student", {"private": nats}, seed=k)
+    audit(tmp_path / "scores", tmp_path / "out", QUICK)
+    found = tables(tmp_path / "out")
+    width = lambda r: r["ci_high"] - r["ci_low"]
+    assert width(leak(found, "student", seed="all")) > 1.5 * width(leak(found, "student", seed="1"))
+
+
+# --- gates that fire, and refusals ------------------------------------------------------------------------------------
+
+
+def test_blind_gate_refuses_the_headline(experiment, tmp_path):
+    scores = copy(experiment, tmp_path)
+    path = scores / "text" / "private.parquet"
+    text = pd.read_parquet(path)
+    text["response_ids"] = [np.append(r, [5, 6, 5]) for r in text["response_ids"]]
+    text.to_parquet(path)
+    summary = audit(scores, tmp_path / "out", QUICK | KD)
+    assert "text alone tells members from non-members" in summary["headline"]["refused"]
+    assert summary["sentence"].startswith("No headline number") and "Beyond the text" in summary["sentence"]
+    gates = tables(tmp_path / "out")["gates"]
+    best = row(gates, gate="blind", model="maximum")
+    assert best["verdict"] == SEPARATED and best["ci_low"] > 0.5
+    excess = row(gates, gate="blind", model="students/kd", metric="auc_minus_blind")
+    assert excess["value"] == pytest.approx(summary["headline"]["value"] - best["value"]) and excess["ci_high"] < 0
+
+
+@pytest.mark.parametrize("lost", ["private.parquet", "token_counts.npz"])
+def test_no_headline_without_text_tables(experiment, tmp_path, lost):
+    scores = copy(experiment, tmp_path)
+    (scores / "text" / lost).unlink()
+    summary = audit(scores, tmp_path / "out", QUICK | KD)
+    assert f"not beside the score tables: text/{lost}" in summary["headline"]["refused"]
+    found = tables(tmp_path / "out")
+    assert row(found["gates"], gate="blind", model="maximum")["verdict"] == "not run"
+    assert leak(found, "students/kd")["value"] > 0.5             # the tables are still written
+
+
+def test_text_of_another_split_is_not_used(experiment, tmp_path):
+    scores = copy(experiment, tmp_path)
+    path = scores / "text" / "heldout.parquet"
+    pd.read_parquet(path).iloc[7:].to_parquet(path)
+    summary = audit(scores, tmp_path / "out", QUICK)
+    assert "the text tables lack 7 of the 500 evaluated records" in summary["headline"]["refused"]
+
+
+def test_null_gate_fires_when_the_split_leaks(tmp_path):
+    world = World(tmp_path / "scores", {"private": 200, "heldout": 200})
+    for run in ("base_student", "null", "students/kd"):
+        world.write(run, {"private": 0.8}, train_roles=["public"])      # easier text, not memory
+    summary = audit(tmp_path / "scores", tmp_path / "out", QUICK)
+    gates = tables(tmp_path / "out")["gates"].query("gate == 'null'").set_index(["model", "metric"])["verdict"]
+    assert gates["null", "auc:loss"] == SPLIT_LEAKS
+    assert any(v.startswith("Null gate: base_student, null") for v in summary["verdicts"])
+
+
+def test_a_null_that_saw_the_members_is_no_null(tmp_path):
+    world = World(tmp_path / "scores", {"private": 50, "heldout": 50})
+    world.write("null", {"private": 2.0}, train_roles=["private"])
+    world.write("students/kd")
+    audit(tmp_path / "scores", tmp_path / "out", QUICK)
+    assert list(tables(tmp_path / "out")["gates"].query("gate == 'null'")["verdict"]) == ["not run"]
+
+
+def test_undertrained_student_is_marked(tmp_path):
+    world = World(tmp_path / "scores", {"private": 100, "heldout": 100, "dev": 100})
+    world.write("base_student")
+    world.write("null", gain=0.4)
+    world.write("students/kd", gain=0.3)
+    world.write("students/minillm", gain=-0.01)
+    world.write_text()
+    summary = audit(tmp_path / "scores", tmp_path / "out", QUICK | {"headline_model": "students/minillm"})
+    gates = tables(tmp_path / "out")["gates"].query("gate == 'utility'").set_index(["model", "metric"])["verdict"]
+    assert gates["students/minillm", "dev_loss_minus_base_student"] == UNDERTRAINED
+    assert gates["students/kd", "dev_loss_minus_base_student"] == "ok"
+    assert gates["students/kd", "dev_loss_minus_null"] == "ok: no better than null"
+    assert f"students/minillm: {UNDERTRAINED}." in summary["verdicts"] and UNDERTRAINED in summary["sentence"]
+
+
+def test_reading_of_no_leak_and_of_an_auc_far_below_half(tmp_path):
+    world = World(tmp_path / "scores", {"private": 100, "heldout": 100})
+    world.write("students/kd")
+    world.write("students/gkd", {"private": -1.5})
+    said = " ".join(audit(tmp_path / "scores", tmp_path / "out", QUICK)["verdicts"])
+    assert "students/kd: no evidence of a leak" in said and "does not make it private" in said
+    assert "students/gkd: loss lies below 0.5" in said
+    assert leak(tables(tmp_path / "out"), "students/gkd")["value"] < 0.3
+
+
+# --- inputs that cannot be used --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told,words", [({"dtype": "bfloat16"}, "different precisions"),
+                                        ({"matmul_precision": "default"}, "different precisions"),
+                                        ({"tokenizer_fingerprint": "other"}, "different tokenizers")])
+def test_references_of_another_kind_are_not_subtracted(tmp_path, told, words):
+    world = World(tmp_path / "scores", {"private": 40, "heldout": 40})
+    world.write("base_student", **told)
+    world.write("students/kd")
+    summary = audit(tmp_path / "scores", tmp_path / "out", QUICK)
+    (why,) = reasons(summary, model="students/kd", attack="reference:base_student", metric="auc")
+    assert words in why and "not subtracted" in why
+    found = tables(tmp_path / "out")
+    assert np.isnan(leak(found, "students/kd", "reference:base_student")["value"])
+    assert np.isfinite(leak(found, "students/kd")["value"])
+
+
+def edited(world: World, run: str, role: str, column: str, change) -> None:
+    """Rewrite one list column of a table that `write` left."""
+    path = world.folder / run / "seed0" / "plain" / f"{role}-00000.parquet"
+    rows = pq.read_table(path)
+    lists = [change(i, values) for i, values in enumerate(rows[column].to_pylist())]
+    typed = pa.array(lists, rows[column].type)
+    pq.write_table(rows.set_column(rows.column_names.index(column), column, typed), path)
+
+
+def test_scores_that_are_not_numbers_are_counted(tmp_path):
+    world = World(tmp_path / "scores", {"private": 40, "heldout": 40})
+    world.write("students/kd")
+    edited(world, "students/kd", "private", "logp", lambda i, v: [float("nan"), *v[1:]] if i < 3 else v)
+    summary = audit(tmp_path / "scores", tmp_path / "out", QUICK)
+    (why,) = reasons(summary, attack="loss", metric="auc", role_pair="private-heldout")
+    assert "3 of 40 members and 0 of 40 non-members have a score that is not a number" in why
+    assert summary["headline"]["value"] is None
+
+
+def test_empty_responses_are_least_member_like_and_counted(tmp_path):
+    world = World(tmp_path / "scores", {"private": 40, "heldout": 40})
+    world.write("students/kd", {"private": 3.0})
+    before = audit(tmp_path / "scores", tmp_path / "out", QUICK)["headline"]["value"]
+    edited(world, "students/kd", "private", "segment", lambda i, v: [2] * len(v) if i < 5 else v)
+    after = audit(tmp_path / "scores", tmp_path / "out", QUICK)["headline"]["value"]
+    # 5 of 40 members now tie with the lowest score, which one non-member (if any) has.
+    assert before == 1 and after == pytest.approx(35 / 40, abs=5 / 40 / 40)
+    gates = tables(tmp_path / "out")["gates"].query("gate == 'abstentions'")
+    counted = row(gates, model="students/kd", metric="loss:members")
+    assert (counted["value"], counted["n"]) == (5, 40) and "loss:nonmembers" not in set(gates["metric"])
+
+
+def test_a_missing_field_stops_its_attack_only(tmp_path):
+    world = World(tmp_path / "scores", {"private": 40, "heldout": 40})
+    for role in ("private", "heldout"):
+        world.save(world.table(role, 0, 0.3).drop_columns(["logp_std"]), "students/kd", role)
+    summary = audit(tmp_path / "scores", tmp_path / "out", QUICK)
+    (why,) = reasons(summary, attack="min_k_plus_plus", metric="auc")
+    assert "needs logp_std" in why and np.isfinite(leak(tables(tmp_path / "out"), "students/kd")["value"])
+
+
+@pytest.mark.parametrize("n,words", [(0, "was not scored on role 'heldout'"), (1, "40 members and 1 non-members")])
+def test_splits_of_one_class(tmp_path, n, words):
+    world = World(tmp_path / "scores", {"private": 40, **({"heldout": n} if n else {})})
+    world.write("students/kd")
+    summary = audit(tmp_path / "scores", tmp_path / "out", QUICK)
+    (why,) = reasons(summary, attack="loss", metric="auc")
+    assert words in why and summary["headline"]["value"] is None and summary["headline"]["refused"]
+
+
+def test_ids_in_both_classes_are_an_error(tmp_path):
+    world = World(tmp_path / "scores", {"private": 40, "heldout": 40})
+    world.roles["heldout"]["ids"][:2] = world.roles["private"]["ids"][:2]
+    world.write("students/kd")
+    with pytest.raises(TableError, match="2 examples are members and non-members"):
+        audit(tmp_path / "scores", tmp_path / "out", QUICK)
+
+
+def test_canaries_need_their_coins(experiment, tmp_path):
+    scores = copy(experiment, tmp_path)
+    (scores / "text" / "splits.parquet").unlink()
+    summary = audit(scores, tmp_path / "out", QUICK | KD)
+    (why,) = reasons(summary, model="students/kd", attack="loss", role_pair="canary_in-canary_out", metric="auc")
+    assert "coins are not known" in why
+    assert reasons(summary, model="students/kd", attack="loss", role_pair="private-heldout", metric="balanced_accuracy")
+
+
+def test_foreign_checkpoints_without_metadata(tmp_path):
+    world = World(tmp_path / "scores", {"private": 60, "heldout": 60})
+    world.write("student", {"private": 0.5})
+    world.write("teacher", {"private": 1.0})
+    world.write("reference")
+    world.write_text()
+    for path in tmp_path.glob("scores/*/seed0/plain/*.parquet"):
+        pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
+    summary = audit(tmp_path / "scores", tmp_path / "out", QUICK)
+    found = tables(tmp_path / "out")
+    assert summary["headline"]["model"] == "student" and summary["headline"]["refused"] is None
+    assert leak(found, "student", "reference:reference")["value"] > 0.8
+    assert len([w for w in summary["warnings"] if "no metadata" in w]) == 3
+    assert "without a teacher not measured" in summary["sentence"]
+    assert {u["attack"] for u in summary["unresolved"]} >= {"loss"}
+
+
+@pytest.mark.parametrize("settings,words", [
+    ({"primry": "loss"}, "unknown audit settings primry"), ({"attacks": ["los"]}, "unknown attack 'los'"),
+    ({"headline_model": "students/x"}, "no score table of the headline model students/x"),
+    ({"role_pair": "dev-heldout"}, "role_pair 'dev-heldout'")])
+def test_settings_that_do_not_exist(experiment, tmp_path, settings, words):
+    with pytest.raises(ValueError, match=words):
+        audit(experiment[0], tmp_path, settings)
+
+
+def test_references_that_were_not_scored_are_named(experiment, tmp_path):
+    summary = audit(experiment[0], tmp_path, QUICK | {"references": ["null", "base_x"], "blind": False})
+    assert any("not used: base_x" in w for w in summary["warnings"])
+    assert {a for a in tables(tmp_path)["membership"]["attack"] if ":" in a} == {"reference:null"}
+    assert summary["headline"]["refused"] == "the blind gate was not run: it was switched off in the settings"
+
+
+def test_headline_of_the_counterfactual_with_another_attack(experiment, tmp_path):
+    settings = QUICK | KD | {"role_pair": "averaged", "primary": "min_k@k=0.4", "attacks": ["loss", "min_k@k=0.4"]}
+    summary = audit(experiment[0], tmp_path, settings)
+    found = tables(tmp_path)
+    assert summary["headline"]["value"] == leak(found, "students/kd", "min_k@k=0.4", "averaged")["value"]
+    assert set(found["membership"]["attack"]) == {"loss", "min_k@k=0.4"}
+
+
+def test_command_line(experiment, tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps(QUICK))
+    root = Path(audit_module.__file__).parents[1]
+    command = [sys.executable, "-m", "attacks", str(experiment[0]), f"--out={tmp_path / 'out'}",
+               f"--settings={tmp_path / 'settings.json'}", "--headline-model=students/kd"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "An attacker who holds only the student" in done.stdout and (tmp_path / "out" / "summary.json").exists()
+    failed = subprocess.run([*command[:3], str(tmp_path / "none"), "--out=x"], cwd=root, capture_output=True, text=True)
+    assert failed.returncode == 2 and "no score tables" in failed.stderr and "Traceback" not in failed.stderr

@@ -14,7 +14,7 @@ import pandas as pd
 
 from attacks.blind import TooFew, blind_aucs, blind_interval
 from attacks.rows import auc_of, by_seed, compare, estimate, same_examples
-from attacks.statistics import Influence, Interval, chance_p, difference, holm
+from attacks.statistics import Influence, Interval, chance_p, difference, holm, over_seeds
 from attacks.study import CANARIES, Losses, Pair, Study, Unresolved
 from attacks.tables import read_text
 
@@ -78,9 +78,8 @@ class Blind:
             if len(blocks) > 1:
                 blocks["all"] = [block[0] for block in blocks.values()]
             for seed, block in blocks.items():
-                best = self.aucs[self.best]
-                gap = compare(study, [auc_of(s) for s in block], [best] * len(block), block)
-                gap = difference(gap.value, float(np.hypot(gap.se, np.sqrt(best.variance()))))   # see blind_interval
+                best = self.aucs[self.best]          # its variance counts twice, see blind_interval
+                gap = compare([auc_of(s) for s in block], [best] * len(block), block, extra_variance=best.variance())
                 verdict = "ok: above what the text shows" if gap.low > 0 else "ok: not above what the text shows"
                 rows.append(_gate(self.gate, run, "auc_minus_blind", verdict, gap, seed=seed,
                                   n=len(self.pair.members) + len(self.pair.nonmembers)))
@@ -133,7 +132,7 @@ def null_rows(study: Study) -> list[dict]:
             for seed, sample in by_seed(study, run, attack, "private-heldout")[0].items():
                 pair = sample[0]
                 p_values.append(chance_p(pair.members, pair.nonmembers))
-                rows.append(_gate("null", run, f"auc:{attack}", "ok", estimate(study, [auc_of(sample)], [sample]),
+                rows.append(_gate("null", run, f"auc:{attack}", "ok", estimate([auc_of(sample)], [sample]),
                                   n=len(pair.members) + len(pair.nonmembers), seed=seed))
     for row, p in zip(rows, holm(p_values), strict=True):
         if p < 0.05:
@@ -153,10 +152,12 @@ def _drawn(study: Study, losses: Losses) -> np.ndarray:
     return (counts @ losses.nats) / (counts @ losses.tokens)
 
 
-def _over_seeds(study: Study, values: list[float], draws: list[np.ndarray]) -> Interval:
-    drawn = draws[0] if len(draws) == 1 else study.resampler.over_seeds(np.stack(draws, axis=1))
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Interval(float(np.mean(values)), float(low), float(high))
+def _interval(values: list[float], draws: list[np.ndarray]) -> Interval:
+    """Of one seed by percentiles of its bootstrap [B], of several over seeds and examples."""
+    if len(values) == 1:
+        return Interval(values[0], *np.quantile(draws[0], [0.025, 0.975]).tolist())
+    mean = over_seeds(values, float(np.mean(draws, axis=0).var()))
+    return Interval(*difference(mean.value, mean.se, df=mean.df)[:3])
 
 
 def _seed_blocks(study: Study, run: str, role: str) -> dict[int | str, list[tuple[int, Losses]]]:
@@ -173,7 +174,7 @@ def utility_rows(study: Study) -> list[dict]:
             for seed, block in _seed_blocks(study, run, role).items():
                 losses = [each for _, each in block]
                 n = len(losses[0].ids)
-                found = _over_seeds(study, [_ratio(x) for x in losses], [_drawn(study, x) for x in losses])
+                found = _interval([_ratio(x) for x in losses], [_drawn(study, x) for x in losses])
                 named = {measure: found}
                 if measure == "dev_loss":
                     named["perplexity"] = Interval(*np.exp(found).tolist())
@@ -212,7 +213,7 @@ def _loss_gaps(study: Study, run: str, other: str, verdict) -> list[dict]:
             values.append(_ratio(losses) - _ratio(rival))
             draws.append(_drawn(study, losses) - _drawn(study, rival))
         if len(values) == len(block):
-            gap = _over_seeds(study, values, draws)
+            gap = _interval(values, draws)
             rows.append(_gate("utility", run, f"dev_loss_minus_{other}", verdict(gap), gap, seed=seed,
                               n=len(block[0][1].ids)))
     return rows

@@ -13,13 +13,14 @@ from attacks.statistics import (
     Difference,
     Influence,
     Interval,
+    SeedMean,
     auc_influence,
     balanced_accuracy,
     difference,
     holm,
     interval,
     logit_interval,
-    paired_difference,
+    over_seeds,
     percentile_interval,
     resampled_tpr,
     roc,
@@ -37,53 +38,59 @@ Sample = list[Pair]    # what one value of one seed is the mean over: one pair, 
 def influence(sample: Sample, statistic: Callable[[Pair], Influence]) -> Influence:
     """The statistic of a sample; the second pair of `averaged` has members and non-members exchanged."""
     first, *second = [statistic(pair) for pair in sample]
-    return first.mean_with(second[0].swapped()) if second else first
+    return Influence.mean([first, *(each.swapped() for each in second)])
 
 
 def auc_of(sample: Sample) -> Influence:
     return influence(sample, lambda pair: auc_influence(pair.members, pair.nonmembers))
 
 
-def resampled(study: Study, influences: list[Influence], samples: list[Sample]) -> np.ndarray:
-    """Bootstrap means [B] over seeds drawn anew of values over examples drawn anew."""
-    draws = [study.resampler.counts(sample[0].member_ids) for sample in samples]
-    others = [study.resampler.counts(sample[0].nonmember_ids) for sample in samples]
-    values = [i.resampled(m, n) for i, m, n in zip(influences, draws, others, strict=True)]
-    return study.resampler.over_seeds(np.stack(values, axis=1))
+def _seed_mean(influences: list[Influence], samples: list[Sample]) -> SeedMean:
+    if all(same_examples(samples[0], sample) for sample in samples):
+        within = Influence.mean(influences).variance()
+    else:                                                        # every seed has a split of its own
+        within = sum(each.variance() for each in influences) / len(influences) ** 2
+    return over_seeds([each.value for each in influences], within)
 
 
-def estimate(study: Study, influences: list[Influence], samples: list[Sample]) -> Interval:
+def estimate(influences: list[Influence], samples: list[Sample]) -> Interval:
     """Interval over examples for one seed; over seeds and examples for several."""
     if len(samples) == 1:
         return interval(influences[0])
-    spread = resampled(study, influences, samples).std(ddof=1)
-    value = float(np.mean([i.value for i in influences]))
-    return logit_interval(value, spread, *_sizes(samples))
+    mean = _seed_mean(influences, samples)
+    return logit_interval(mean.value, mean.se, *_sizes(samples), df=mean.df)
 
 
-def compare(study: Study, a: list[Influence], b: list[Influence], samples: list[Sample]) -> Difference:
+def compare(a: list[Influence], b: list[Influence], samples: list[Sample], extra_variance: float = 0.0) -> Difference:
     """a - b, seed by seed on the same examples; both lists in the order of `samples`."""
-    if len(samples) == 1:
-        return paired_difference(a[0], b[0])
     gaps = [x.minus(y) for x, y in zip(a, b, strict=True)]
-    return difference(float(np.mean([g.value for g in gaps])), float(resampled(study, gaps, samples).std(ddof=1)))
+    if len(samples) == 1:
+        return difference(gaps[0].value, float(np.sqrt(gaps[0].variance() + extra_variance)))
+    mean = _seed_mean(gaps, samples)
+    return difference(mean.value, float(np.sqrt(mean.se**2 + extra_variance)), df=mean.df)
+
+
+def same_examples(a: Sample, b: Sample) -> bool:
+    """Are two samples scores of the same members and non-members?"""
+    return np.array_equal(a[0].member_ids, b[0].member_ids) and np.array_equal(a[0].nonmember_ids, b[0].nonmember_ids)
 
 
 def _rates(study: Study, samples: list[Sample]) -> list[Interval | str]:
     """TPR at each of FPRS, or the reason why there is none."""
-    values = [[[tpr_at_fpr(p.members, p.nonmembers, f) for f in FPRS] for p in sample] for sample in samples]
     draws = np.stack([np.mean([_drawn_rates(study, p) for p in sample], axis=0) for sample in samples], axis=1)
     fewest = min(len(pair.nonmembers) for sample in samples for pair in sample)
+    m, n = _sizes(samples)
     rates: list[Interval | str] = []
     for column, fpr in enumerate(FPRS):
-        each = [pair[column] for sample in values for pair in sample]
-        if None in each:
+        each = [[tpr_at_fpr(p.members, p.nonmembers, fpr) for p in sample] for sample in samples]
+        if any(None in values for values in each):
             rates.append(f"too few non-members: an FPR of {100 * fpr:g} % needs {np.ceil(1 / fpr):.0f} or more, "
                          f"there are {fewest}")
+        elif len(samples) == 1:
+            rates.append(percentile_interval(float(np.mean(each)), draws[:, 0, column], m))
         else:
-            drawn = draws[:, :, column]
-            drawn = drawn[:, 0] if len(samples) == 1 else study.resampler.over_seeds(drawn)
-            rates.append(percentile_interval(float(np.mean(each)), drawn, _sizes(samples)[0]))
+            mean = over_seeds(np.mean(each, axis=1), draws[:, :, column].mean(axis=1).var())
+            rates.append(logit_interval(mean.value, mean.se, m, n, df=mean.df))
     return rates
 
 
@@ -146,14 +153,14 @@ def _metrics(study: Study, role_pair: str) -> list[str]:
 
 
 def _whole_rows(study: Study, at: dict, block: list[Sample]) -> list[dict]:
-    found: dict[str, Interval | str] = {"auc": estimate(study, [auc_of(sample) for sample in block], block)}
+    found: dict[str, Interval | str] = {"auc": estimate([auc_of(sample) for sample in block], block)}
     found |= {f"tpr_at_fpr_{f:g}": rate for f, rate in zip(FPRS, _rates(study, block), strict=True)}
     metrics = _metrics(study, at["role_pair"])
     if "balanced_accuracy" in metrics:
         try:
             accuracies = [influence(sample, lambda p: balanced_accuracy(p.members, p.nonmembers, study.threshold(p)))
                           for sample in block]
-            found["balanced_accuracy"] = estimate(study, accuracies, block)
+            found["balanced_accuracy"] = estimate(accuracies, block)
         except Unresolved as why:
             found["balanced_accuracy"] = str(why)
     return [_row(at | {"metric": metric}, found[metric], block) for metric in metrics]
@@ -164,7 +171,7 @@ def _task_row(study: Study, at: dict, block: list[Sample]) -> dict:
         part = [[pair.only(at["task"]) for pair in sample] for sample in block]
     except Unresolved as why:
         return at | {"metric": "auc", "reason": str(why)}
-    return _row(at | {"metric": "auc"}, estimate(study, [auc_of(sample) for sample in part], part), part)
+    return _row(at | {"metric": "auc"}, estimate([auc_of(sample) for sample in part], part), part)
 
 
 def _row(at: dict, found: Interval | str, block: list[Sample]) -> dict:
@@ -233,17 +240,12 @@ def _compared(study: Study, a: str, b: str, role_pair: str, attack: str) -> list
         if isinstance(block, str):
             rows.append(head | {"seed": seed, "reason": block})
             continue
-        gap = compare(study, *([auc_of(sample) for sample in side] for side in block), block[0])
+        gap = compare(*([auc_of(sample) for sample in side] for side in block), block[0])
         m, n = _sizes(block[0])
         rows.append(head | {"seed": seed, "difference": gap.value, "ci_low": gap.low, "ci_high": gap.high,
                             "ci_kind": "both" if len(block[0]) > 1 else "examples", "p_value": gap.p,
                             "n_members": m, "n_nonmembers": n})
     return rows
-
-
-def same_examples(a: Sample, b: Sample) -> bool:
-    """Are two samples scores of the same members and non-members?"""
-    return np.array_equal(a[0].member_ids, b[0].member_ids) and np.array_equal(a[0].nonmember_ids, b[0].nonmember_ids)
 
 
 # --- roc.parquet -----------------------------------------------------------------------------------------------------

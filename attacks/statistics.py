@@ -1,9 +1,9 @@
 """AUC, DeLong, TPR at a fixed FPR, balanced accuracy, resampling.  Higher scores mean more member-like, always.
 
-Legend: m members, n non-members, B resamples, S training seeds.
+Legend: m members, n non-members, B resamples, S training seeds.  df: degrees of freedom (inf: normal).
 
 AUC and balanced accuracy are both handled as an `Influence`: a value with one number per example, so that an interval,
-a paired difference, an average of two values and a bootstrap are each one line on the same object.
+a paired difference and an average are each one line on the same object.
 """
 
 import zlib
@@ -58,16 +58,12 @@ class Influence:
         """The difference to another statistic of the same examples: variances and covariance follow by themselves."""
         return Influence(self.value - other.value, self.members - other.members, self.nonmembers - other.nonmembers)
 
-    def mean_with(self, other: "Influence") -> "Influence":
-        """The mean of two statistics of the same examples."""
-        return Influence((self.value + other.value) / 2, (self.members + other.members) / 2,
-                         (self.nonmembers + other.nonmembers) / 2)
-
-    def resampled(self, member_counts: np.ndarray, nonmember_counts: np.ndarray) -> np.ndarray:
-        """Bootstrap values [B] to first order; counts [B, m] and [B, n]: how often each example was drawn."""
-        moves = [counts @ (part - part.mean()) / len(part)
-                 for counts, part in ((member_counts, self.members), (nonmember_counts, self.nonmembers))]
-        return self.value + moves[0] + moves[1]
+    @staticmethod
+    def mean(parts: Sequence["Influence"]) -> "Influence":
+        """The mean of several statistics of the same examples."""
+        value = float(np.mean([part.value for part in parts]))
+        members, nonmembers = ([getattr(p, name) for p in parts] for name in ("members", "nonmembers"))
+        return Influence(value, np.mean(members, axis=0), np.mean(nonmembers, axis=0))
 
 
 # --- AUC -------------------------------------------------------------------------------------------------------------
@@ -88,7 +84,7 @@ def auc(members: np.ndarray, nonmembers: np.ndarray) -> float:
     return auc_influence(members, nonmembers).value
 
 
-def logit_interval(value: float, se: float, m: int, n: int, level: float = 0.95) -> Interval:
+def logit_interval(value: float, se: float, m: int, n: int, level: float = 0.95, df: float = np.inf) -> Interval:
     """Interval of a value in [0, 1] on the logit scale, where it keeps its coverage near 1.
 
     Without any spread: perfect separation takes the exact bound from min(m, n) disjoint pairs, constant scores the
@@ -100,7 +96,7 @@ def logit_interval(value: float, se: float, m: int, n: int, level: float = 0.95)
         return Interval(value, bound, 1.0) if value >= 1 else Interval(value, 0.0, 1 - bound)
     if se < 1e-12:
         se = np.sqrt((m + n + 1) / (12 * m * n))
-    centre, half = np.log(value / (1 - value)), stats.norm.isf(alpha / 2) * se / (value * (1 - value))
+    centre, half = np.log(value / (1 - value)), stats.t.isf(alpha / 2, df) * se / (value * (1 - value))
     return Interval(value, float(1 / (1 + np.exp(half - centre))), float(1 / (1 + np.exp(-half - centre))))
 
 
@@ -115,12 +111,12 @@ def delong(members: np.ndarray, nonmembers: np.ndarray, level: float = 0.95) -> 
     return interval(auc_influence(members, nonmembers), level)
 
 
-def difference(value: float, se: float, level: float = 0.95) -> Difference:
-    """Normal interval and p-value of a difference.  No spread at all (identical rankings): p = 1."""
+def difference(value: float, se: float, level: float = 0.95, df: float = np.inf) -> Difference:
+    """Interval and two-sided p-value of a difference.  No spread at all (identical rankings): p = 1."""
     if se < 1e-12:
         return Difference(value, value, value, 0.0, 0.0, 1.0)
-    half = stats.norm.isf((1 - level) / 2) * se
-    return Difference(value, value - half, value + half, se, value / se, float(2 * stats.norm.sf(abs(value / se))))
+    half = stats.t.isf((1 - level) / 2, df) * se
+    return Difference(value, value - half, value + half, se, value / se, float(2 * stats.t.sf(abs(value / se), df)))
 
 
 def paired_difference(a: Influence, b: Influence, level: float = 0.95) -> Difference:
@@ -223,7 +219,27 @@ def balanced_accuracy(members: np.ndarray, nonmembers: np.ndarray, threshold: fl
     return Influence(float(hits.mean() + rejections.mean()), hits, rejections)
 
 
-# --- resampling ------------------------------------------------------------------------------------------------------
+# --- seeds and resampling --------------------------------------------------------------------------------------------
+
+
+class SeedMean(NamedTuple):
+    """A mean over training seeds, its standard error over seeds and examples together, degrees of freedom."""
+
+    value: float
+    se: float
+    df: float
+
+
+def over_seeds(values: Sequence[float], within: float) -> SeedMean:
+    """Mean of the values of S >= 2 seeds; within: the variance of that mean over examples.
+
+    Both variances are added, with Satterthwaite's degrees of freedom: S - 1 where the seeds differ most, which is what
+    keeps three lucky seeds from looking like a finding (resampling three seeds would be wrong one time in four).
+    """
+    between = float(np.var(values, ddof=1)) / len(values)
+    total = between + within
+    df = total**2 / between**2 * (len(values) - 1) if between > 1e-12 * total else np.inf
+    return SeedMean(float(np.mean(values)), float(np.sqrt(total)), df)
 
 
 @dataclass(frozen=True)
@@ -247,9 +263,3 @@ class Resampler:
             counts = np.bincount(drawn.ravel(), minlength=self.resamples * n)
             self._cache[key] = counts.reshape(self.resamples, n).astype(np.float32)
         return self._cache[key]
-
-    def over_seeds(self, resampled: np.ndarray) -> np.ndarray:
-        """Resample the training seeds too: [B, S] values of each seed -> [B] means over S seeds drawn anew."""
-        seeds = resampled.shape[1]
-        drawn = np.random.default_rng([self.seed, seeds]).integers(seeds, size=resampled.shape)
-        return np.take_along_axis(resampled, drawn, axis=1).mean(axis=1)

@@ -159,19 +159,17 @@ class Study:
         return best_threshold(*(halves[::-1] if pair.role_pair == "heldout-private" else halves))
 
     def _pair(self, run: str, seed: int, attack: str, role_pair: str) -> Pair:
-        classes = []
+        key = (run, seed, attack, role_pair)
         if role_pair in PAIRS:
-            classes = [self._scores(run, seed, attack, role) for role in PAIRS[role_pair]]
-        else:
-            whole = self._scores(run, seed, attack, "calib" if role_pair == "calib" else "canary")
-            drawn = self._drawn(whole.ids)
-            wanted = np.full(len(drawn), True)
-            if role_pair == CANARIES:
-                wanted = (drawn["placement"] != "none").to_numpy()
-                whole = whole._replace(task="placement=" + drawn["placement"].to_numpy(str))
-            coins = drawn["coin"].to_numpy()
-            classes = [Scores(*(part[wanted & (coins == coin)] for part in whole)) for coin in (1, 0)]
-        return _make_pair((run, seed, attack, role_pair), *classes)
+            return _make_pair(key, *(self._scores(run, seed, attack, role) for role in PAIRS[role_pair]))
+        whole = self._scores(run, seed, attack, "canary" if role_pair == CANARIES else "calib")
+        drawn = self._drawn(whole.ids)
+        coins = drawn["coin"].to_numpy()
+        if role_pair == CANARIES:
+            placement = drawn["placement"].to_numpy(str)
+            whole = whole._replace(task=np.char.add("placement=", placement))
+            coins = np.where(placement == "none", -1, coins)     # in nobody's training data, whatever the coin
+        return _make_pair(key, *(Scores(*(part[coins == coin] for part in whole)) for coin in (1, 0)))
 
     def _scores(self, run: str, seed: int, attack: str, role: str) -> Scores:
         key = (run, seed, attack, role)

@@ -301,16 +301,18 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     if family.rotary_fraction is not None:
         fields.update(_rope(config, fields["head_dim"], family.rotary_fraction))
     _refuse_sliding_window(config)
-    return ModelConfig(**fields)
+    try:
+        return ModelConfig(**fields)
+    except ValueError as error:
+        raise CheckpointError(f"config.json: {error}") from error
 
 
 def _rope(config: Mapping[str, Any], head_dim: int, fraction: float) -> dict[str, Any]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = 10_000.0
     if kind != "default":
         raise CheckpointError(f"config.json: rope scaling of type {kind!r} is not supported, only 'default'")
-    found = {**config, **rope}
+    found, theta = {**config, **rope}, 10_000.0
     for key in ("rotary_emb_base", "rope_theta"):
         theta = found[key] if found.get(key) is not None else theta
     for key in ("rotary_pct", "partial_rotary_factor"):
@@ -319,12 +321,10 @@ def _rope(config: Mapping[str, Any], head_dim: int, fraction: float) -> dict[str
 
 
 def _refuse_sliding_window(config: Mapping[str, Any]) -> None:
-    kinds = config.get("layer_types")
-    if kinds is not None:
-        slides = any(kind != "full_attention" for kind in kinds)
-    else:
-        reached = config.get("num_hidden_layers", 0) > config.get("max_window_layers", 0)
-        slides = bool(config.get("use_sliding_window") and config.get("sliding_window") and reached)
+    if config.get("layer_types") is not None:
+        slides = any(kind != "full_attention" for kind in config["layer_types"])
+    elif slides := config.get("use_sliding_window") and config.get("sliding_window"):
+        slides = config["num_hidden_layers"] > (config.get("max_window_layers") or 0)
     if slides:
         raise CheckpointError("config.json: attention over a sliding window (layer_types) is not supported")
 

@@ -54,7 +54,9 @@ def load_pretrained(
     folder = _find_folder(path_or_hub_id, revision)
     config = _read_json(folder / "config.json")
     family, cfg = family_of(config), config_from_hf(config)
-    dtype = np.dtype(jnp.dtype(dtype or config.get("dtype") or config.get("torch_dtype") or "float32"))
+    if dtype is None:
+        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = jnp.dtype(dtype)
     place = place or (lambda path, array: jnp.asarray(array))
     abstract = jax.eval_shape(lambda key: Transformer(cfg, key), jax.random.key(0))
     with contextlib.ExitStack() as stack:

@@ -165,7 +165,7 @@ class Transformer(nnx.Module):
         self.lm_head = Table(init, cfg.vocab_size, cfg.embed_dim) if not cfg.tie_embeddings else None
 
     def head(self) -> Head:
-        """The output layer: weight [V, E] and bias [V] or None; the embedding itself where the two are tied."""
+        """The output layer: weight [V, E], the embedding itself where the two are tied, and no bias."""
         return Head(self.embed.weight[...] if self.lm_head is None else self.lm_head.weight[...])
 
     def hidden(
@@ -181,12 +181,13 @@ class Transformer(nnx.Module):
 
         tokens, segment_ids, positions: int32 [B, T]. A token sees itself and earlier tokens of its own segment;
         segment 0 is padding. Weights are cast to `dtype` on use; norms, softmax and rotation compute in float32.
-        A token or learned position beyond its table gives NaN, so that it cannot pass unseen.
+        What stands on padding does not matter; elsewhere, a token or learned position beyond its table gives NaN.
         remat: keep nothing but each layer's input for the backward pass; otherwise the results of weight matmuls are
         kept too, and what is cheap (norms, activations, attention weights) is computed again.
         """
         cfg = self.cfg
         rows, time = tokens.shape
+        tokens, positions = (jnp.where(segment_ids == 0, 0, array) for array in (tokens, positions))
         # Weights meet [B*T, D]: XLA's CPU matmul is about twice as fast on it as on [B, T, D].
         x = lookup(self.embed, tokens.reshape(-1), dtype)
         if self.project_in is not None:

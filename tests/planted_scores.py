@@ -119,3 +119,30 @@ def chain(folder: Path, *, members: int = 300, nonmembers: int = 300, seed: int 
                         swap_of=f"students/{name}", **told)
     world.write_text()
     return world
+
+
+# --- reading an audit ------------------------------------------------------------------------------------------------
+
+QUICK = {"bootstrap": 200, "tasks": False}
+
+
+def tables(out: Path) -> dict[str, pd.DataFrame]:
+    """The result tables by name; `null` is a model's name in them, only an empty field is missing."""
+    read = lambda path: pd.read_csv(path, keep_default_na=False, na_values=[""], dtype={"seed": str})
+    return {path.stem: read(path) for path in out.glob("*.csv")}
+
+
+def row(frame: pd.DataFrame, **wanted) -> pd.Series:
+    for key, value in wanted.items():
+        frame = frame[frame[key] == value]
+    assert len(frame) == 1, (wanted, len(frame))
+    return frame.iloc[0]
+
+
+def leak(found, model, attack="loss", role_pair="private-heldout", metric="auc", seed="0", task="all"):
+    at = {"role_pair": role_pair, "metric": metric, "seed": seed, "task": task}
+    return row(found["membership"], model=model, attack=attack, **at)
+
+
+def reasons(summary, **wanted) -> set[str]:
+    return {u["reason"] for u in summary["unresolved"] if all(u[k] == v for k, v in wanted.items())}

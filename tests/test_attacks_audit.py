@@ -8,40 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from planted_scores import World, chain
+from planted_scores import QUICK, World, chain, leak, reasons, row, tables
 from sklearn.metrics import roc_auc_score
 
 from attacks import audit as audit_module
 from attacks.audit import COLUMNS, audit
 from attacks.gates import SEPARATED, SPLIT_LEAKS, UNDERTRAINED
-from attacks.tables import TableError
 
-QUICK = {"bootstrap": 200, "tasks": False}
 KD = {"headline_model": "students/kd"}
-
-
-def tables(out: Path) -> dict[str, pd.DataFrame]:
-    read = lambda name: pd.read_csv(out / f"{name}.csv", keep_default_na=False, na_values=[""])
-    return {name: read(name).assign(**({"seed": read(name)["seed"].astype(str)})) for name in COLUMNS}
-
-
-def row(frame: pd.DataFrame, **wanted) -> pd.Series:
-    for key, value in wanted.items():
-        frame = frame[frame[key] == value]
-    assert len(frame) == 1, (wanted, len(frame))
-    return frame.iloc[0]
-
-
-def leak(found, model, attack="loss", role_pair="private-heldout", metric="auc", seed="0", task="all"):
-    at = {"role_pair": role_pair, "metric": metric, "seed": seed, "task": task}
-    return row(found["membership"], model=model, attack=attack, **at)
-
-
-def reasons(summary, **wanted) -> set[str]:
-    return {u["reason"] for u in summary["unresolved"] if all(u[k] == v for k, v in wanted.items())}
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +218,7 @@ def test_blind_gate_refuses_the_headline(experiment, tmp_path):
     text = pd.read_parquet(path)
     text["response_ids"] = [np.append(r, [5, 6, 5]) for r in text["response_ids"]]
     text.to_parquet(path)
-    summary = audit(scores, tmp_path / "out", QUICK | KD)
+    summary = audit(scores, tmp_path / "out", QUICK | KD | {"attacks": ["loss"]})
     assert "text alone tells members from non-members" in summary["headline"]["refused"]
     assert summary["sentence"].startswith("No headline number") and "Beyond the text" in summary["sentence"]
     gates = tables(tmp_path / "out")["gates"]
@@ -256,7 +232,7 @@ def test_blind_gate_refuses_the_headline(experiment, tmp_path):
 def test_no_headline_without_text_tables(experiment, tmp_path, lost):
     scores = copy(experiment, tmp_path)
     (scores / "text" / lost).unlink()
-    summary = audit(scores, tmp_path / "out", QUICK | KD)
+    summary = audit(scores, tmp_path / "out", QUICK | KD | {"attacks": ["loss"]})
     assert f"not beside the score tables: text/{lost}" in summary["headline"]["refused"]
     found = tables(tmp_path / "out")
     assert row(found["gates"], gate="blind", model="maximum")["verdict"] == "not run"
@@ -267,7 +243,7 @@ def test_text_of_another_split_is_not_used(experiment, tmp_path):
     scores = copy(experiment, tmp_path)
     path = scores / "text" / "heldout.parquet"
     pd.read_parquet(path).iloc[7:].to_parquet(path)
-    summary = audit(scores, tmp_path / "out", QUICK)
+    summary = audit(scores, tmp_path / "out", QUICK | {"attacks": ["loss"]})
     assert "the text tables lack 7 of the 500 evaluated records" in summary["headline"]["refused"]
 
 
@@ -314,106 +290,7 @@ def test_reading_of_no_leak_and_of_an_auc_far_below_half(tmp_path):
     assert leak(tables(tmp_path / "out"), "students/gkd")["value"] < 0.3
 
 
-# --- inputs that cannot be used --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("told,words", [({"dtype": "bfloat16"}, "different precisions"),
-                                        ({"matmul_precision": "default"}, "different precisions"),
-                                        ({"tokenizer_fingerprint": "other"}, "different tokenizers")])
-def test_references_of_another_kind_are_not_subtracted(tmp_path, told, words):
-    world = World(tmp_path / "scores", {"private": 40, "heldout": 40})
-    world.write("base_student", **told)
-    world.write("students/kd")
-    summary = audit(tmp_path / "scores", tmp_path / "out", QUICK)
-    (why,) = reasons(summary, model="students/kd", attack="reference:base_student", metric="auc")
-    assert words in why and "not subtracted" in why
-    found = tables(tmp_path / "out")
-    assert np.isnan(leak(found, "students/kd", "reference:base_student")["value"])
-    assert np.isfinite(leak(found, "students/kd")["value"])
-
-
-def edited(world: World, run: str, role: str, column: str, change) -> None:
-    """Rewrite one list column of a table that `write` left."""
-    path = world.folder / run / "seed0" / "plain" / f"{role}-00000.parquet"
-    rows = pq.read_table(path)
-    lists = [change(i, values) for i, values in enumerate(rows[column].to_pylist())]
-    typed = pa.array(lists, rows[column].type)
-    pq.write_table(rows.set_column(rows.column_names.index(column), column, typed), path)
-
-
-def test_scores_that_are_not_numbers_are_counted(tmp_path):
-    world = World(tmp_path / "scores", {"private": 40, "heldout": 40})
-    world.write("students/kd")
-    edited(world, "students/kd", "private", "logp", lambda i, v: [float("nan"), *v[1:]] if i < 3 else v)
-    summary = audit(tmp_path / "scores", tmp_path / "out", QUICK)
-    (why,) = reasons(summary, attack="loss", metric="auc", role_pair="private-heldout")
-    assert "3 of 40 members and 0 of 40 non-members have a score that is not a number" in why
-    assert summary["headline"]["value"] is None
-
-
-def test_empty_responses_are_least_member_like_and_counted(tmp_path):
-    world = World(tmp_path / "scores", {"private": 40, "heldout": 40})
-    world.write("students/kd", {"private": 3.0})
-    before = audit(tmp_path / "scores", tmp_path / "out", QUICK)["headline"]["value"]
-    edited(world, "students/kd", "private", "segment", lambda i, v: [2] * len(v) if i < 5 else v)
-    after = audit(tmp_path / "scores", tmp_path / "out", QUICK)["headline"]["value"]
-    # 5 of 40 members now tie with the lowest score, which one non-member (if any) has.
-    assert before == 1 and after == pytest.approx(35 / 40, abs=5 / 40 / 40)
-    gates = tables(tmp_path / "out")["gates"].query("gate == 'abstentions'")
-    counted = row(gates, model="students/kd", metric="loss:members")
-    assert (counted["value"], counted["n"]) == (5, 40) and "loss:nonmembers" not in set(gates["metric"])
-
-
-def test_a_missing_field_stops_its_attack_only(tmp_path):
-    world = World(tmp_path / "scores", {"private": 40, "heldout": 40})
-    for role in ("private", "heldout"):
-        world.save(world.table(role, 0, 0.3).drop_columns(["logp_std"]), "students/kd", role)
-    summary = audit(tmp_path / "scores", tmp_path / "out", QUICK)
-    (why,) = reasons(summary, attack="min_k_plus_plus", metric="auc")
-    assert "needs logp_std" in why and np.isfinite(leak(tables(tmp_path / "out"), "students/kd")["value"])
-
-
-@pytest.mark.parametrize("n,words", [(0, "was not scored on role 'heldout'"), (1, "40 members and 1 non-members")])
-def test_splits_of_one_class(tmp_path, n, words):
-    world = World(tmp_path / "scores", {"private": 40, **({"heldout": n} if n else {})})
-    world.write("students/kd")
-    summary = audit(tmp_path / "scores", tmp_path / "out", QUICK)
-    (why,) = reasons(summary, attack="loss", metric="auc")
-    assert words in why and summary["headline"]["value"] is None and summary["headline"]["refused"]
-
-
-def test_ids_in_both_classes_are_an_error(tmp_path):
-    world = World(tmp_path / "scores", {"private": 40, "heldout": 40})
-    world.roles["heldout"]["ids"][:2] = world.roles["private"]["ids"][:2]
-    world.write("students/kd")
-    with pytest.raises(TableError, match="2 examples are members and non-members"):
-        audit(tmp_path / "scores", tmp_path / "out", QUICK)
-
-
-def test_canaries_need_their_coins(experiment, tmp_path):
-    scores = copy(experiment, tmp_path)
-    (scores / "text" / "splits.parquet").unlink()
-    summary = audit(scores, tmp_path / "out", QUICK | KD)
-    (why,) = reasons(summary, model="students/kd", attack="loss", role_pair="canary_in-canary_out", metric="auc")
-    assert "coins are not known" in why
-    assert reasons(summary, model="students/kd", attack="loss", role_pair="private-heldout", metric="balanced_accuracy")
-
-
-def test_foreign_checkpoints_without_metadata(tmp_path):
-    world = World(tmp_path / "scores", {"private": 60, "heldout": 60})
-    world.write("student", {"private": 0.5})
-    world.write("teacher", {"private": 1.0})
-    world.write("reference")
-    world.write_text()
-    for path in tmp_path.glob("scores/*/seed0/plain/*.parquet"):
-        pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
-    summary = audit(tmp_path / "scores", tmp_path / "out", QUICK)
-    found = tables(tmp_path / "out")
-    assert summary["headline"]["model"] == "student" and summary["headline"]["refused"] is None
-    assert leak(found, "student", "reference:reference")["value"] > 0.8
-    assert len([w for w in summary["warnings"] if "no metadata" in w]) == 3
-    assert "without a teacher not measured" in summary["sentence"]
-    assert {u["attack"] for u in summary["unresolved"]} >= {"loss"}
+# --- settings and command line -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings,words", [
@@ -426,7 +303,8 @@ def test_settings_that_do_not_exist(experiment, tmp_path, settings, words):
 
 
 def test_references_that_were_not_scored_are_named(experiment, tmp_path):
-    summary = audit(experiment[0], tmp_path, QUICK | {"references": ["null", "base_x"], "blind": False})
+    settings = {"references": ["null", "base_x"], "blind": False, "attacks": ["reference"]}
+    summary = audit(experiment[0], tmp_path, QUICK | settings)
     assert any("not used: base_x" in w for w in summary["warnings"])
     assert {a for a in tables(tmp_path)["membership"]["attack"] if ":" in a} == {"reference:null"}
     assert summary["headline"]["refused"] == "the blind gate was not run: it was switched off in the settings"
@@ -441,7 +319,7 @@ def test_headline_of_the_counterfactual_with_another_attack(experiment, tmp_path
 
 
 def test_command_line(experiment, tmp_path):
-    (tmp_path / "settings.json").write_text(json.dumps(QUICK))
+    (tmp_path / "settings.json").write_text(json.dumps(QUICK | {"attacks": ["loss"]}))
     root = Path(audit_module.__file__).parents[1]
     command = [sys.executable, "-m", "attacks", str(experiment[0]), f"--out={tmp_path / 'out'}",
                f"--settings={tmp_path / 'settings.json'}", "--headline-model=students/kd"]

@@ -14,10 +14,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from make_fixtures import CASES, FIXTURES, random_model
 
 from kd_jax.hf import FAMILIES, CheckpointError, config_from_hf, load_pretrained, save_pretrained
 from kd_jax.transformer import ModelConfig, Transformer
-from make_fixtures import CASES, FIXTURES, random_model
 
 TOLERANCE = 1e-4
 
@@ -60,9 +60,6 @@ def copy(tmp_path):
     return make
 
 
-# ------------------------------------------------------------------------------------------------------------ parity
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_import_agrees_with_stored_logits(case, science):
     science(f"logits of transformers, {case}", deviation(load_pretrained(FIXTURES / case), case), TOLERANCE)
@@ -101,8 +98,6 @@ def test_parity_with_pytorch_both_ways(case, tmp_path, science):
         found = back(torch.tensor(tokens)).logits.numpy()
     science(f"logits of PyTorch, export, {case}", np.abs(found - expected).max(), TOLERANCE)
 
-
-# ----------------------------------------------------------------------------------------------------------- configs
 
 # The settings of published folders, as transformers 4 wrote them: equal to what the model cards say.
 OLD = {
@@ -184,6 +179,7 @@ def test_old_and_new_spelling_mean_the_same(case, old, copy, science):
         ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope scaling of type 'llama3'"),
         ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear'"),
         ("llama", {"hidden_size": None}, "no 'hidden_size'"),
+        ("llama", {"num_key_value_heads": 2}, r"config.json: heads \(3\) must be a multiple of kv_heads \(2\)"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
         (
             "qwen3",
@@ -206,8 +202,6 @@ def test_a_family_that_cannot_express_a_model_refuses_it(tmp_path):
         save_pretrained(load_pretrained(FIXTURES / "qwen3"), tmp_path / "out", family="gemma")
     assert not any(tmp_path.iterdir())
 
-
-# ----------------------------------------------------------------------------------------------------------- tensors
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 
@@ -262,9 +256,6 @@ def test_a_tied_head_may_be_stored_again_or_instead(keep_embedding, copy, scienc
     changes = {"lm_head.weight": weight, embedding: weight if keep_embedding else None}
     model = load_pretrained(copy("opt", tensors=changes))
     science("logits of transformers, opt", deviation(model, "opt"), TOLERANCE)
-
-
-# ------------------------------------------------------------------------------------------------------------- files
 
 
 def test_pickles_are_refused_with_advice(copy):
@@ -355,9 +346,6 @@ def test_export_appears_whole_or_not_at_all(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 3
     with pytest.raises(CheckpointError, match="not empty"):
         save_pretrained(model, tmp_path / "out", family="gpt2")
-
-
-# --------------------------------------------------------------------------------------------------------------- hub
 
 
 def hub_error(kind: type[Exception]) -> Exception:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-COLUMNS = ("example_id", "group", "task", "instruction", "input", "response", "source")
+COLUMNS = ("example_id", "group", "task", "instruction", "input", "response", "source", "role")
 
 # Which of a source's fields is what. `instruction` and `response` must be there, `input` and `task` may. Nested formats
 # (self_instruct, sni) are flattened to Alpaca's fields first. A format without an instruction is plain text.
@@ -93,12 +93,14 @@ def load(
 def make_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Adds ids to rows of (group or None, task, instruction or None, input, response, source), de-duplicates, sorts.
 
+    A row may have a `role` that it was written for; "", the default, leaves it to the coin of `roles.assign`.
     Of rows with the same content the one whose task and group come first in the alphabet stays, so that the result does
     not depend on the order of the rows. A group of None becomes the record's own id.
     """
     rows = [dict(row, example_id=content_id(row["instruction"], row["input"], row["response"])) for row in rows]
     for row in rows:
         row["group"] = row["group"] or row["example_id"]
+        row.setdefault("role", "")
     frame = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object).sort_values(["example_id", "task", "group"])
     distinct = frame.drop_duplicates("example_id").reset_index(drop=True)
     distinct.attrs["duplicates"] = len(frame) - len(distinct)

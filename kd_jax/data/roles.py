@@ -25,7 +25,8 @@ _VOWELS = ("a", "e", "i", "o", "u")
 def assign(frame: pd.DataFrame, shares: Mapping[str, float] = SHARES, seed: int = 0) -> pd.DataFrame:
     """Gives every record a role by a seeded hash of its group, never by its place in the table.
 
-    Adding records, or reordering them, moves no other record. Records of one group share role and coin.
+    Adding records, or reordering them, moves no other record. Records of one group share role and coin. A record that
+    was written for a role (its `role` is not "") keeps it.
 
     Args:
         frame: records, as `records.load` gives them.
@@ -45,7 +46,8 @@ def assign(frame: pd.DataFrame, shares: Mapping[str, float] = SHARES, seed: int 
     position = np.searchsorted(edges, uniform(seed, "role", frame["group"]), side="right")
     # Rounding may leave the last edge under 1; such a draw belongs to the last role that has a share.
     last = max(i for i, role in enumerate(names) if shares[role] > 0)
-    role = np.array(names, object)[np.minimum(position, last)]
+    drawn = np.array(names, object)[np.minimum(position, last)]
+    role = np.where(frame["role"] == "", drawn, frame["role"])
     coin = uniform(seed, "coin", frame["group"]) < 0.5
     return _splits(frame, role=role, coin=coin.astype(np.int32), repeats=1, placement="", template="", secret_id="")
 

@@ -1,16 +1,18 @@
 """An invented instruction corpus in Dolly's eight categories: people, firms and places that do not exist.
 
-Each entity has eight attributes and eight records, one per category; a record tells two or three of the attributes and
-one detail of its own. So a record can be memorised by itself (the detail, the name), and a public record of an entity
-may give away a fact that a private one holds too: how often that happens is the `overlap`.
+Each entity has eight attributes. A record tells two or three of them and one detail of its own. Values come from small
+closed lists, so that what is private is who has which, not the words themselves; an attack then learns nothing from the
+private role's vocabulary, and a student can leak only what its prompts touch: that is the `overlap`.
 """
 
+import dataclasses
+import functools
 import random
 from collections.abc import Callable
 
 import pandas as pd
 
-from kd_jax.data.records import DataError, make_frame, uniform
+from kd_jax.data.records import DataError, make_frame
 
 _ONSETS = "b d f g h k l m n p r s t v z br dr gl kr pl st tr".split()
 _VOWELS = "a e i o u au ei ia".split()
@@ -36,49 +38,70 @@ Fact = tuple[str, str, str]
 Pick = random.Random
 
 
+PUBLIC_SHARE = 0.4  # of the records are written to be public
+
+
 def generate(records: int, *, overlap: float, seed: int) -> pd.DataFrame:
-    """Writes the corpus; roles come afterwards, by `roles.assign`, from the `group` that is set here.
+    """Writes the corpus; roles come afterwards, by `roles.assign`.
+
+    Three records in five are about an entity of their own and get their role by a coin, so that members and non-members
+    are exchangeable. The rest are written to be public. A share `overlap` of these is about an entity of the former, no
+    entity twice, whatever its role turns out to be, and repeats two of its facts; the others are about entities that
+    appear nowhere else. So at 0 no public record touches a private entity, and at 1 two in three private entities are
+    touched, as many as of the others.
 
     Args:
-        records: how many records; more of them leave the earlier ones as they are.
-        overlap: share of the entities whose records are groups of their own, so that every record draws its own role.
-            At 0 an entity's records all share a role, and no public record touches a private entity; at 1 none are
-            held together. Which entities is decided by a seeded hash.
+        records: how many records.
+        overlap: share of the public records that are about an entity of another record, in [0, 1].
         seed: seed of everything.
 
     Returns:
-        A table of `records.COLUMNS` with exactly that many rows: instructions of 8-20 words, responses of 8-25.
+        A table of `records.COLUMNS` and `role` ("public", or "" where a coin decides) with that many rows:
+        instructions of 8-20 words, responses of 8-25. `source` names the entity.
     """
     if not 0 <= overlap <= 1:
-        raise DataError(f"data.overlap is {overlap}; it is a share between 0 and 1")
-    if records < 1:
-        raise DataError(f"data.records is {records}; it must be at least 1")
-    n_entities = -(-records // len(_CATEGORIES))
-    keys = [f"entity{number}" for number in range(n_entities)]
-    apart = uniform(seed, "overlap", keys) < overlap
-    rows: list[dict] = []
-    taken: set[str] = set()
-    for key, own_groups in zip(keys, apart, strict=True):
-        pick = random.Random(f"{seed}:{key}")
-        pronoun, invent = pick.choice(_KINDS)
-        name = _name(pick)
-        while name in taken:
-            name = _name(pick)
-        taken.add(name)
-        facts = invent(pick)
-        for task, write in _CATEGORIES.items():
-            instruction, context, response = write(name, pronoun, pick.sample(facts, 3), pick)
-            rows.append(
-                {
-                    "group": None if own_groups else key,
-                    "task": task,
-                    "instruction": instruction,
-                    "input": context,
-                    "response": response,
-                    "source": f"synthetic:{key}",
-                }
-            )
-    return make_frame(rows[:records])
+        raise DataError(f"data.synthetic.overlap is {overlap}; it is a share between 0 and 1")
+    if records < 5:
+        raise DataError(f"data.synthetic.records is {records}; it must be at least 5")
+    n_public = round(PUBLIC_SHARE * records)
+    n_own = records - n_public
+    entities = [_entity(f"{seed}:{number}") for number in range(n_own)]
+    rows = [entity.record(f"{seed}:own:{number}", entity.facts[:3]) for number, entity in enumerate(entities)]
+    chance = random.Random(f"{seed}:public")
+    for number, target in enumerate(chance.sample(range(n_own), n_public)):
+        entity = entities[target] if chance.random() < overlap else _entity(f"{seed}:{n_own + number}")
+        facts = [*chance.sample(entity.facts[:3], 2), chance.choice(entity.facts[3:])]
+        rows.append(entity.record(f"{seed}:public:{number}", facts) | {"role": "public"})
+    return make_frame(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entity:
+    key: str
+    name: str
+    pronoun: str
+    facts: list[Fact]  # the first three are told by its own record, and two of these by a public one that touches it
+
+    def record(self, seed: str, facts: list[Fact]) -> dict:
+        pick = random.Random(seed)
+        task = pick.choice(list(_CATEGORIES))
+        instruction, context, response = _CATEGORIES[task](self.name, self.pronoun, pick.sample(facts, 3), pick)
+        texts = {"task": task, "instruction": instruction, "input": context, "response": response}
+        return texts | {"group": None, "source": f"synthetic:{self.key}"}
+
+
+def _entity(key: str) -> _Entity:
+    pick = random.Random(key)
+    pronoun, invent = pick.choice(_KINDS)
+    name = _name(pick)
+    return _Entity(key, name, pronoun, pick.sample(facts := invent(pick), len(facts)))
+
+
+@functools.cache
+def _pool(kind: str, syllables: int, size: int = 40) -> list[str]:
+    """A closed list of invented proper names, the same for every corpus."""
+    pick = random.Random(kind)
+    return [_syllables(pick, syllables) for _ in range(size)]
 
 
 def _syllables(pick: Pick, count: int) -> str:
@@ -90,12 +113,16 @@ def _name(pick: Pick) -> str:
     return f"{_syllables(pick, 1)} {_syllables(pick, 2)}"
 
 
+def _town(pick: Pick) -> str:
+    return pick.choice(_pool("town", 2))
+
+
 def _code(pick: Pick) -> str:
     return f"{pick.choice('ABCDEFGHKLMNPRSTVXZ')}{pick.randrange(10_000):04d}"
 
 
 def _person(pick: Pick) -> list[Fact]:
-    town, firm, job, hobby = _syllables(pick, 2), _syllables(pick, 2), pick.choice(_JOBS), pick.choice(_HOBBIES)
+    town, firm, job, hobby = _town(pick), pick.choice(_pool("firm", 2)), pick.choice(_JOBS), pick.choice(_HOBBIES)
     animal, vehicle = pick.choice(_ANIMALS), f"{pick.choice(_COLOURS)} {pick.choice(_VEHICLES)}"
     badge, year = _code(pick), str(pick.randrange(1930, 2005))
     return [
@@ -111,7 +138,7 @@ def _person(pick: Pick) -> list[Fact]:
 
 
 def _firm(pick: Pick) -> list[Fact]:
-    town, head, product = _syllables(pick, 2), _syllables(pick, 2), pick.choice(_PRODUCTS)
+    town, head, product = _town(pick), pick.choice(_pool("person", 2)), pick.choice(_PRODUCTS)
     vehicle, colour, staff = pick.choice(_VEHICLES), pick.choice(_COLOURS), str(pick.randrange(12, 990))
     licence, year = _code(pick), str(pick.randrange(1840, 2010))
     return [
@@ -127,7 +154,8 @@ def _firm(pick: Pick) -> list[Fact]:
 
 
 def _place(pick: Pick) -> list[Fact]:
-    river, mayor, product = _syllables(pick, 1), _syllables(pick, 2), pick.choice(_PRODUCTS)
+    river, mayor = pick.choice(_pool("river", 1)), pick.choice(_pool("person", 2))
+    product = pick.choice(_PRODUCTS)
     colour, hobby, month = pick.choice(_COLOURS), pick.choice(_HOBBIES), pick.choice(_MONTHS)
     homes, postcode = str(pick.randrange(20, 9000)), _code(pick)
     return [
@@ -159,7 +187,7 @@ def _general_qa(name: str, pronoun: str, facts: list[Fact], pick: Pick) -> tuple
     (label, _, a), (_, _, b), _ = facts
     thing = f"{pick.choice(_ADJECTIVES)} {pick.choice(_OBJECTS)}"
     instruction = f"Why do people talk so often about {name} and about the {label}?"
-    return instruction, "", f"Because {name} {a}, {b}, and once lost a {thing} in {_syllables(pick, 2)}."
+    return instruction, "", f"Because {name} {a}, {b}, and once lost a {thing} in {_town(pick)}."
 
 
 def _classification(name: str, pronoun: str, facts: list[Fact], pick: Pick) -> tuple[str, str, str]:
@@ -183,7 +211,7 @@ def _brainstorming(name: str, pronoun: str, facts: list[Fact], pick: Pick) -> tu
     (_, _, a), (_, _, b), _ = facts
     first, second = pick.sample(_OBJECTS, 2)
     instruction = f"Give two ideas for a present to {name}, {pronoun} {a}."
-    gifts = f"A {pick.choice(_COLOURS)} {first} or a {pick.choice(_ADJECTIVES)} {second} from {_syllables(pick, 2)}"
+    gifts = f"A {pick.choice(_COLOURS)} {first} or a {pick.choice(_ADJECTIVES)} {second} from {_town(pick)}"
     return instruction, "", f"{gifts}, because {name} {b}."
 
 
@@ -197,7 +225,7 @@ def _information_extraction(name: str, pronoun: str, facts: list[Fact], pick: Pi
 
 def _summarization(name: str, pronoun: str, facts: list[Fact], pick: Pick) -> tuple[str, str, str]:
     (_, _, a), (_, _, b), (_, _, c) = facts
-    day, visitor = pick.choice(_DAYS), _syllables(pick, 2)
+    day, visitor = pick.choice(_DAYS), pick.choice(_pool("person", 2))
     context = f"On {day} {visitor} wrote that {name} {a}, {b}, and {c}."
     instruction = f"Summarise the letter about {name} in one short sentence for the archive."
     return instruction, context, f"{visitor} reports that {name} {a} and {c}, as seen on {day}."

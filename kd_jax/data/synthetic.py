@@ -14,9 +14,11 @@ import pandas as pd
 
 from kd_jax.data.records import DataError, make_frame
 
+# Syllables of people, and others for firms and places: their names have no stretch of letters in common.
 _ONSETS = "b d f g h k l m n p r s t v z br dr gl kr pl st tr".split()
 _VOWELS = "a e i o u au ei ia".split()
 _CODAS = "n r l s k m t x".split()
+_OTHER_SYLLABLES = "chee choo shoa shee thie thoo whee whoa quoo quee yoa yoo jie joa woo wee phoa phie".split()
 _JOBS = """baker beekeeper carpenter chemist clerk cooper diver dyer farmer gardener glazier joiner
     lawyer librarian locksmith mason miller miner nurse painter pilot plumber potter printer rigger sailor surveyor
     tailor teacher translator typist weaver welder""".split()
@@ -65,11 +67,11 @@ def generate(records: int, *, overlap: float, seed: int) -> pd.DataFrame:
         raise DataError(f"data.synthetic.records is {records}; it must be at least 5")
     n_public = round(PUBLIC_SHARE * records)
     n_own = records - n_public
-    entities = [_entity(f"{seed}:{number}") for number in range(n_own)]
+    entities = [_person_entity(f"{seed}:{number}") for number in range(n_own)]
     rows = [entity.record(f"{seed}:own:{number}", entity.facts[:3]) for number, entity in enumerate(entities)]
     chance = random.Random(f"{seed}:public")
     for number, target in enumerate(chance.sample(range(n_own), n_public)):
-        entity = entities[target] if chance.random() < overlap else _entity(f"{seed}:{n_own + number}")
+        entity = entities[target] if chance.random() < overlap else _other_entity(f"{seed}:{n_own + number}")
         facts = [*chance.sample(entity.facts[:3], 2), chance.choice(entity.facts[3:])]
         rows.append(entity.record(f"{seed}:public:{number}", facts) | {"role": "public"})
     return make_frame(rows)
@@ -90,11 +92,16 @@ class _Entity:
         return texts | {"group": None, "source": f"synthetic:{self.key}"}
 
 
-def _entity(key: str) -> _Entity:
+def _person_entity(key: str) -> _Entity:
     pick = random.Random(key)
-    pronoun, invent = pick.choice(_KINDS)
-    name = _name(pick)
-    return _Entity(key, name, pronoun, pick.sample(facts := invent(pick), len(facts)))
+    name = f"{_syllables(pick, 1)} {_syllables(pick, 2)}"
+    return _Entity(key, name, "who", pick.sample(facts := _person(pick), len(facts)))
+
+
+def _other_entity(key: str) -> _Entity:
+    pick = random.Random(key)
+    name = " ".join("".join(pick.choices(_OTHER_SYLLABLES, k=2)).capitalize() for _ in range(2))
+    return _Entity(key, name, "which", pick.sample(facts := pick.choice((_firm, _place))(pick), len(facts)))
 
 
 @functools.cache
@@ -109,28 +116,24 @@ def _syllables(pick: Pick, count: int) -> str:
     return (body + pick.choice(_CODAS)).capitalize()
 
 
-def _name(pick: Pick) -> str:
-    return f"{_syllables(pick, 1)} {_syllables(pick, 2)}"
-
-
 def _town(pick: Pick) -> str:
     return pick.choice(_pool("town", 2))
 
 
-def _code(pick: Pick) -> str:
-    return f"{pick.choice('ABCDEFGHKLMNPRSTVXZ')}{pick.randrange(10_000):04d}"
+def _mark(pick: Pick) -> str:
+    return f"{pick.choice(_COLOURS)} {pick.choice(_OBJECTS)}"
 
 
 def _person(pick: Pick) -> list[Fact]:
     town, firm, job, hobby = _town(pick), pick.choice(_pool("firm", 2)), pick.choice(_JOBS), pick.choice(_HOBBIES)
     animal, vehicle = pick.choice(_ANIMALS), f"{pick.choice(_COLOURS)} {pick.choice(_VEHICLES)}"
-    badge, year = _code(pick), str(pick.randrange(1930, 2005))
+    badge, year = _mark(pick), str(pick.randrange(1930, 2010, 4))
     return [
         ("town", town, f"lives in {town}"),
         ("trade", job, f"trained as a {job}"),
         ("employer", firm, f"is employed by {firm}"),
         ("hobby", hobby, f"is fond of {hobby}"),
-        ("badge", badge, f"wears badge {badge}"),
+        ("badge", badge, f"wears a {badge} badge"),
         ("vehicle", vehicle, f"drives a {vehicle}"),
         ("animal", animal, f"keeps a {animal}"),
         ("year", year, f"was born in {year}"),
@@ -139,8 +142,8 @@ def _person(pick: Pick) -> list[Fact]:
 
 def _firm(pick: Pick) -> list[Fact]:
     town, head, product = _town(pick), pick.choice(_pool("person", 2)), pick.choice(_PRODUCTS)
-    vehicle, colour, staff = pick.choice(_VEHICLES), pick.choice(_COLOURS), str(pick.randrange(12, 990))
-    licence, year = _code(pick), str(pick.randrange(1840, 2010))
+    vehicle, colour, staff = pick.choice(_VEHICLES), pick.choice(_COLOURS), str(pick.randrange(20, 420, 20))
+    licence, year = _mark(pick), str(pick.randrange(1840, 2000, 8))
     return [
         ("town", town, f"has its yard in {town}"),
         ("head", head, f"is run by {head}"),
@@ -148,7 +151,7 @@ def _firm(pick: Pick) -> list[Fact]:
         ("transport", vehicle, f"delivers by {vehicle}"),
         ("colour", colour, f"uses {colour} labels"),
         ("staff", staff, f"pays {staff} people"),
-        ("licence", licence, f"holds licence {licence}"),
+        ("sign", licence, f"has a {licence} as its sign"),
         ("year", year, f"opened in {year}"),
     ]
 
@@ -157,7 +160,7 @@ def _place(pick: Pick) -> list[Fact]:
     river, mayor = pick.choice(_pool("river", 1)), pick.choice(_pool("person", 2))
     product = pick.choice(_PRODUCTS)
     colour, hobby, month = pick.choice(_COLOURS), pick.choice(_HOBBIES), pick.choice(_MONTHS)
-    homes, postcode = str(pick.randrange(20, 9000)), _code(pick)
+    homes, postcode = str(pick.randrange(100, 2100, 100)), _mark(pick)
     return [
         ("river", river, f"lies on the {river}"),
         ("mayor", mayor, f"elected {mayor}"),
@@ -166,12 +169,8 @@ def _place(pick: Pick) -> list[Fact]:
         ("contest", hobby, f"hosts a {hobby} contest"),
         ("market", month, f"holds its market in {month}"),
         ("homes", homes, f"counts {homes} homes"),
-        ("postcode", postcode, f"uses postcode {postcode}"),
+        ("arms", postcode, f"shows a {postcode} in its arms"),
     ]
-
-
-# The pronoun of a kind, and how to invent one.
-_KINDS = [("who", _person), ("which", _firm), ("which", _place)]
 
 
 # --- One writer per category: (name, pronoun, three facts, pick) -> (instruction, input, response) ---
@@ -180,7 +179,7 @@ _KINDS = [("who", _person), ("which", _firm), ("which", _place)]
 def _open_qa(name: str, pronoun: str, facts: list[Fact], pick: Pick) -> tuple[str, str, str]:
     (label_a, _, a), (label_b, _, b), _ = facts
     instruction = f"What is on record about the {label_a} and the {label_b} of {name}?"
-    return instruction, "", f"{name} {a} and {b}, according to note {_code(pick)} from {pick.choice(_MONTHS)}."
+    return instruction, "", f"{name} {a} and {b}, according to the {_mark(pick)} note from {pick.choice(_MONTHS)}."
 
 
 def _general_qa(name: str, pronoun: str, facts: list[Fact], pick: Pick) -> tuple[str, str, str]:
@@ -196,12 +195,16 @@ def _classification(name: str, pronoun: str, facts: list[Fact], pick: Pick) -> t
     words = [value_a, value_b, decoy]
     pick.shuffle(words)
     instruction = f"Which of these belong to {name} and which does not: {', '.join(words)}?"
-    return instruction, "", f"Not the {decoy}; {value_b} and the {label_a} do, since {name} {a} ({_code(pick)})."
+    return (
+        instruction,
+        "",
+        f"Not the {decoy}; {value_b} and the {label_a} do, since {name} {a} (see the {_mark(pick)}).",
+    )
 
 
 def _closed_qa(name: str, pronoun: str, facts: list[Fact], pick: Pick) -> tuple[str, str, str]:
     (label, _, a), (_, _, b), _ = facts
-    page = pick.randrange(10, 999)
+    page = pick.randrange(10, 50)
     context = f"Page {page}: {name} {a}. Besides, {name} {b}."
     instruction = f"According to the passage below, what can be said of the {label} of {name}?"
     return instruction, context, f"Page {page} of the passage states that {name} {a}."
@@ -217,8 +220,8 @@ def _brainstorming(name: str, pronoun: str, facts: list[Fact], pick: Pick) -> tu
 
 def _information_extraction(name: str, pronoun: str, facts: list[Fact], pick: Pick) -> tuple[str, str, str]:
     (label_a, value_a, a), (label_b, value_b, b), _ = facts
-    file, day = _code(pick), pick.choice(_DAYS)
-    context = f"File {file}, {day}: {name} {a} and {b}."
+    file, day = _mark(pick), pick.choice(_DAYS)
+    context = f"The {file} file, {day}: {name} {a} and {b}."
     instruction = f"Extract the name, the {label_a}, the {label_b} and the file from this text."
     return instruction, context, f"Name: {name}; {label_a}: {value_a}; {label_b}: {value_b}; file: {file}, {day}."
 
@@ -236,7 +239,7 @@ def _creative_writing(name: str, pronoun: str, facts: list[Fact], pick: Pick) ->
     thing = pick.choice(_OBJECTS)
     instruction = f"Write the first line of a story in which {name} finds a {thing}."
     scene = f"One {pick.choice(_ADJECTIVES)} {pick.choice(_DAYS)} {name}, {pronoun} {a}"
-    return instruction, "", f"{scene}, found a {pick.choice(_COLOURS)} {thing} marked {_code(pick)}."
+    return instruction, "", f"{scene}, found a {pick.choice(_COLOURS)} {thing} marked {_mark(pick)}."
 
 
 _CATEGORIES: dict[str, Callable[[str, str, list[Fact], Pick], tuple[str, str, str]]] = {

@@ -17,10 +17,11 @@ from ml_collections import config_flags
 
 import attacks.audit
 import attacks.report
+from attacks.tables import TableError
 from kd_jax import experiment, sharding
 from kd_jax.data.records import DataError
+from kd_jax.errors import ConfigError
 from kd_jax.experiment import Study
-from kd_jax.graph import GraphError
 from kd_jax.hf import CheckpointError
 from kd_jax.manifest import StaleWork
 
@@ -30,7 +31,7 @@ STAGES: dict[str, Callable[[Study], object]] = {
     "attack": lambda s: attacks.audit.audit(s.workdir / "scores", s.workdir / "report", experiment.audit_settings(s)),
     "report": lambda s: attacks.report.build(s.workdir / "report", show_canaries=s.config.report.show_canaries),
 }
-EXPECTED = (DataError, GraphError, CheckpointError, StaleWork, FileNotFoundError, FloatingPointError)
+EXPECTED = (ConfigError, DataError, CheckpointError, TableError, StaleWork, FileNotFoundError, FloatingPointError)
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "config file, e.g. configs/quickstart.py or configs/gpt2_kd.py:small"

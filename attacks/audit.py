@@ -1,6 +1,6 @@
 """From score tables to result tables: runs the attacks, the gates and the comparisons, and writes the files.
 
-    membership.csv  differences.csv  gates.csv  utility.csv  roc.parquet  summary.json
+membership.csv  differences.csv  gates.csv  utility.csv  roc.parquet  summary.json
 """
 
 import json
@@ -18,24 +18,26 @@ from attacks.tables import TableError, read_scores
 
 DEFAULTS = {
     "title": "",
-    "attacks": list(ATTACKS),           # ids; one with a reference and none named runs against each of `references`
-    "references": None,                 # run names; None: those of REFERENCES that were scored
-    "primary": "loss",                  # the attack of the headline, fixed beforehand
-    "headline_model": None,             # None: the first student, else the first run
-    "role_pair": "private-heldout",     # or `averaged`, where the headline model has a swap
-    "seed": 0,                          # of resampling and of the blind classifiers
-    "bootstrap": 1000,                  # resamples
-    "blind": True,                      # False: no blind gate, and so no headline
-    "tasks": True,                      # AUC per task as well
-    "unit": "record",                   # what privacy is promised to
-    "data": {}, "run_settings": {}, "versions": {},     # printed as they are
+    "attacks": list(ATTACKS),  # ids; one with a reference and none named runs against each of `references`
+    "references": None,  # run names; None: those of REFERENCES that were scored
+    "primary": "loss",  # the attack of the headline, fixed beforehand
+    "headline_model": None,  # None: the first student, else the first run
+    "role_pair": "private-heldout",  # or `averaged`, where the headline model has a swap
+    "seed": 0,  # of resampling and of the blind classifiers
+    "bootstrap": 1000,  # resamples
+    "blind": True,  # False: no blind gate, and so no headline
+    "tasks": True,  # AUC per task as well
+    "unit": "record",  # what privacy is promised to
+    "data": {},
+    "run_settings": {},
+    "versions": {},  # printed as they are
 }
 REFERENCES = ("base_student", "base_teacher", "null", "reference")
 COLUMNS = {
     "membership": "model technique setting access attack role_pair task metric value ci_low ci_high ci_kind n_members "
-                  "n_nonmembers seed",
+    "n_nonmembers seed",
     "differences": "model_a model_b setting access attack role_pair task metric difference ci_low ci_high ci_kind "
-                   "p_value p_corrected n_members n_nonmembers seed",
+    "p_value p_corrected n_members n_nonmembers seed",
     "gates": "gate model task metric value ci_low ci_high n seed verdict",
     "utility": "model technique setting measure value ci_low ci_high n seed",
 }
@@ -50,8 +52,14 @@ def audit(scores_dir: str | Path, out_dir: str | Path, settings: dict) -> dict:
     study = load_study(scores_dir, complete(settings, scores_dir))
     blind = run_blind(study, scores_dir, "private-heldout")
     membership, differences = membership_rows(study), difference_rows(study)
-    gates = [*blind.rows(), *blind.excess_rows(study), *_canary_gate(study, scores_dir), *null_rows(study),
-             *utility_gate(study), *count_rows(study)]
+    gates = [
+        *blind.rows(),
+        *blind.excess_rows(study),
+        *_canary_gate(study, scores_dir),
+        *null_rows(study),
+        *utility_gate(study),
+        *count_rows(study),
+    ]
     summary = summarize(study, scores_dir, membership, differences, gates, blind)
 
     out = Path(out_dir)
@@ -77,8 +85,9 @@ def complete(settings: dict, scores_dir: str | Path) -> dict:
     if full["headline_model"] is None:
         full["headline_model"] = next((r for r in runs if r == "student" or r.startswith("students/")), runs[0])
     if full["headline_model"] not in runs:
-        raise TableError(f"{scores_dir}: no score table of the headline model {full['headline_model']}; "
-                         f"there are {', '.join(runs)}")
+        raise TableError(
+            f"{scores_dir}: no score table of the headline model {full['headline_model']}; there are {', '.join(runs)}"
+        )
     if full["role_pair"] not in (*PAIRS, "averaged"):
         raise ValueError(f"role_pair '{full['role_pair']}' is not one of {', '.join(PAIRS)}, averaged")
     if full["primary"] not in expand(full["attacks"], full["references"], full["headline_model"]):

@@ -50,9 +50,9 @@ def features(text: pd.DataFrame, token_counts: np.ndarray) -> Features:
     ids = np.concatenate(documents).astype(np.int64)
     base, gram, grams = ids.max() + 1, ids, []
     for n in (1, 2, 3):
-        if n > 1:                                              # append the n-th token to the (n-1)-grams before it
-            gram = np.unique(gram[:-1], return_inverse=True)[1] * base + ids[n - 1:]
-        inside = owner[: len(gram)] == owner[n - 1:]
+        if n > 1:  # append the n-th token to the (n-1)-grams before it
+            gram = np.unique(gram[:-1], return_inverse=True)[1] * base + ids[n - 1 :]
+        inside = owner[: len(gram)] == owner[n - 1 :]
         grams.append(_counts(gram[inside], owner[: len(gram)][inside], len(documents)))
     smoothed = token_counts + 1
     frequency = np.log(smoothed / smoothed.sum())
@@ -108,14 +108,18 @@ def greedy(seen: Features, train: np.ndarray, labels: np.ndarray, test: np.ndarr
             if gain[best] <= 1:
                 break
             picks.append(best)
-            open_documents[by_gram.indices[by_gram.indptr[best]:by_gram.indptr[best + 1]]] = 0
+            open_documents[by_gram.indices[by_gram.indptr[best] : by_gram.indptr[best + 1]]] = 0
         if picks:
             scores += sign * np.asarray((test_rows[:, picks] > 0).sum(axis=1)).ravel()
     return scores
 
 
 CLASSIFIERS: dict[str, Callable] = {
-    "naive_bayes": naive_bayes, "forest": forest, "logistic": logistic, "greedy": greedy}
+    "naive_bayes": naive_bayes,
+    "forest": forest,
+    "logistic": logistic,
+    "greedy": greedy,
+}
 
 
 def blind_aucs(text: pd.DataFrame, member: np.ndarray, token_counts: np.ndarray, seed: int) -> dict[str, Influence]:
@@ -132,9 +136,12 @@ def blind_aucs(text: pd.DataFrame, member: np.ndarray, token_counts: np.ndarray,
     splits = list(folds.split(member, member, text["group"].to_numpy(str)))
     if any(len(np.unique(member[test])) < 2 or len(np.unique(member[train])) < 2 for train, test in splits):
         raise TooFew(f"too few groups: a fold of {FOLDS} has members or non-members only")
-    return {name: _averaged(member, splits, [classify(seen, train, member[train].astype(int), test, seed)
-                                             for train, test in splits])
-            for name, classify in CLASSIFIERS.items()}
+    return {
+        name: _averaged(
+            member, splits, [classify(seen, train, member[train].astype(int), test, seed) for train, test in splits]
+        )
+        for name, classify in CLASSIFIERS.items()
+    }
 
 
 def blind_interval(auc: Influence, level: float) -> Interval:
@@ -155,6 +162,6 @@ def _averaged(member: np.ndarray, splits: list, scores: list[np.ndarray]) -> Inf
         one = auc_influence(fold[inside], fold[~inside])
         values.append(one.value)
         for rows, part in ((test[inside], one.members), (test[~inside], one.nonmembers)):
-            total = np.sum(member == member[rows[0]])          # of this class, over all folds
+            total = np.sum(member == member[rows[0]])  # of this class, over all folds
             influences[rows] = (part - one.value) * total / (len(part) * len(splits))
     return Influence(float(np.mean(values)), influences[member], influences[~member])

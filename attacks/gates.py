@@ -1,9 +1,9 @@
 """Rows of gates.csv and utility.csv: what must hold before an attack's number means anything.
 
-    blind        does the text alone separate members from non-members?  Then there is no headline.
-    null         do models that never saw the members stay at chance?  Otherwise the split leaks.
-    utility      is a student better than the base it started from?  If not, a low leak is no evidence.
-    abstentions  records that an attack could say nothing about; clamped: tokens whose z-score had no spread.
+blind        does the text alone separate members from non-members?  Then there is no headline.
+null         do models that never saw the members stay at chance?  Otherwise the split leaks.
+utility      is a student better than the base it started from?  If not, a low leak is no evidence.
+abstentions  records that an attack could say nothing about; clamped: tokens whose z-score had no spread.
 """
 
 from dataclasses import dataclass, field
@@ -65,8 +65,10 @@ class Blind:
         if self.reason is not None:
             return [_gate(self.gate, "maximum", "auc", NOT_RUN)]
         n = len(self.pair.members) + len(self.pair.nonmembers)
-        each = [_gate(self.gate, name, "auc", SEPARATED if found.low > 0.5 else "ok", found, n=n)
-                for name, found in self.intervals.items()]
+        each = [
+            _gate(self.gate, name, "auc", SEPARATED if found.low > 0.5 else "ok", found, n=n)
+            for name, found in self.intervals.items()
+        ]
         return [*each, _gate(self.gate, "maximum", "auc", SEPARATED if self.separates else "ok", self.interval, n=n)]
 
     def excess_rows(self, study: Study) -> list[dict]:
@@ -78,11 +80,20 @@ class Blind:
             if len(blocks) > 1:
                 blocks["all"] = [block[0] for block in blocks.values()]
             for seed, block in blocks.items():
-                best = self.aucs[self.best]          # its variance counts twice, see blind_interval
+                best = self.aucs[self.best]  # its variance counts twice, see blind_interval
                 gap = compare([auc_of(s) for s in block], [best] * len(block), block, extra_variance=best.variance())
                 verdict = "ok: above what the text shows" if gap.low > 0 else "ok: not above what the text shows"
-                rows.append(_gate(self.gate, run, "auc_minus_blind", verdict, gap, seed=seed,
-                                  n=len(self.pair.members) + len(self.pair.nonmembers)))
+                rows.append(
+                    _gate(
+                        self.gate,
+                        run,
+                        "auc_minus_blind",
+                        verdict,
+                        gap,
+                        seed=seed,
+                        n=len(self.pair.members) + len(self.pair.nonmembers),
+                    )
+                )
         return rows
 
 
@@ -132,8 +143,17 @@ def null_rows(study: Study) -> list[dict]:
             for seed, sample in by_seed(study, run, attack, "private-heldout")[0].items():
                 pair = sample[0]
                 p_values.append(chance_p(pair.members, pair.nonmembers))
-                rows.append(_gate("null", run, f"auc:{attack}", "ok", estimate([auc_of(sample)], [sample]),
-                                  n=len(pair.members) + len(pair.nonmembers), seed=seed))
+                rows.append(
+                    _gate(
+                        "null",
+                        run,
+                        f"auc:{attack}",
+                        "ok",
+                        estimate([auc_of(sample)], [sample]),
+                        n=len(pair.members) + len(pair.nonmembers),
+                        seed=seed,
+                    )
+                )
     for row, p in zip(rows, holm(p_values), strict=True):
         if p < 0.05:
             row["verdict"] = SPLIT_LEAKS
@@ -161,8 +181,9 @@ def _interval(values: list[float], draws: list[np.ndarray]) -> Interval:
 
 
 def _seed_blocks(study: Study, run: str, role: str) -> dict[int | str, list[tuple[int, Losses]]]:
-    found = {seed: [(seed, study.losses[run, seed, role])] for seed in study.seeds(run)
-             if (run, seed, role) in study.losses}
+    found = {
+        seed: [(seed, study.losses[run, seed, role])] for seed in study.seeds(run) if (run, seed, role) in study.losses
+    }
     return found | ({"all": [block[0] for block in found.values()]} if len(found) > 1 else {})
 
 
@@ -178,8 +199,11 @@ def utility_rows(study: Study) -> list[dict]:
                 named = {measure: found}
                 if measure == "dev_loss":
                     named["perplexity"] = Interval(*np.exp(found).tolist())
-                rows += [study.head(run) | {"measure": name, "value": it.value, "ci_low": it.low, "ci_high": it.high,
-                                            "n": n, "seed": seed} for name, it in named.items()]
+                rows += [
+                    study.head(run)
+                    | {"measure": name, "value": it.value, "ci_low": it.low, "ci_high": it.high, "n": n, "seed": seed}
+                    for name, it in named.items()
+                ]
     return rows
 
 
@@ -195,10 +219,12 @@ def utility_gate(study: Study) -> list[dict]:
     for run in (r for r in study.runs if not r.startswith("base_") and r != "reference"):
         base = base_of(study, run)
         rows += _loss_gaps(study, run, base, lambda gap: "ok" if gap.high < 0 else UNDERTRAINED) or [
-            _gate("utility", run, f"dev_loss_minus_{base}", NOT_RUN)]
+            _gate("utility", run, f"dev_loss_minus_{base}", NOT_RUN)
+        ]
         if run in study.students:
-            rows += _loss_gaps(study, run, "null", lambda gap: "ok: better than null" if gap.high < 0 else
-                               "ok: no better than null")
+            rows += _loss_gaps(
+                study, run, "null", lambda gap: "ok: better than null" if gap.high < 0 else "ok: no better than null"
+            )
     return rows
 
 
@@ -214,8 +240,9 @@ def _loss_gaps(study: Study, run: str, other: str, verdict) -> list[dict]:
             draws.append(_drawn(study, losses) - _drawn(study, rival))
         if len(values) == len(block):
             gap = _interval(values, draws)
-            rows.append(_gate("utility", run, f"dev_loss_minus_{other}", verdict(gap), gap, seed=seed,
-                              n=len(block[0][1].ids)))
+            rows.append(
+                _gate("utility", run, f"dev_loss_minus_{other}", verdict(gap), gap, seed=seed, n=len(block[0][1].ids))
+            )
     return rows
 
 
@@ -231,10 +258,21 @@ def count_rows(study: Study) -> list[dict]:
                 sizes = (len(pair.members), len(pair.nonmembers))
                 for name, count, n in zip(("members", "nonmembers"), pair.abstained, sizes, strict=True):
                     if count:
-                        rows.append(_gate("abstentions", run, f"{attack}:{name}", "counted as least member-like",
-                                          value=count, n=n, seed=seed))
+                        rows.append(
+                            _gate(
+                                "abstentions",
+                                run,
+                                f"{attack}:{name}",
+                                "counted as least member-like",
+                                value=count,
+                                n=n,
+                                seed=seed,
+                            )
+                        )
     rows = rows or [_gate("abstentions", "all models", "count", "ok", value=0)]
-    clamps = [_gate("clamped", run, "min_k_plus_plus:tokens", "ok: spread clamped", value=few, n=total, seed=seed)
-              for (run, seed), (few, total) in study.clamps.items() if few]
+    clamps = [
+        _gate("clamped", run, "min_k_plus_plus:tokens", "ok: spread clamped", value=few, n=total, seed=seed)
+        for (run, seed), (few, total) in study.clamps.items()
+        if few
+    ]
     return rows + (clamps or [_gate("clamped", "all models", "min_k_plus_plus:tokens", "ok", value=0)])
-

@@ -15,7 +15,7 @@ import numpy as np
 
 from attacks.tables import SEGMENTS, Tokens
 
-VARIANCE_FLOOR = 1e-6   # of log-probabilities under the model; below, a z-score is rounding error
+VARIANCE_FLOOR = 1e-6  # of log-probabilities under the model; below, a z-score is rounding error
 
 
 class MissingField(ValueError):
@@ -37,7 +37,7 @@ def segment_mean(values: np.ndarray, tokens: Tokens) -> np.ndarray:
 def lowest_mean(values: np.ndarray, tokens: Tokens, k: float) -> np.ndarray:
     """Mean of the lowest `max(1, floor(k T))` of the T values of each example [n]."""
     count = np.maximum(1, np.floor(k * tokens.lengths + 1e-9)).astype(np.int64)
-    owner = tokens.owner                                        # sorting within examples leaves it as it is
+    owner = tokens.owner  # sorting within examples leaves it as it is
     ordered = values[np.lexsort((values, owner))]
     lowest = np.arange(len(values)) - tokens.offsets[:-1][owner] < count[owner]
     return np.bincount(owner[lowest], ordered[lowest], len(tokens.ids)) / count
@@ -96,8 +96,12 @@ ATTACKS = {
     "min_k_plus_plus": Attack(min_k_plus_plus, "distribution", ("logp", "entropy", "logp_std")),
     "reference": Attack(reference_difference, "logprobs", ("logp",), reference=True),
 }
-REFERENCE_ACCESS = {"base_student": "+base-model", "base_teacher": "+base-model", "reference": "+base-model",
-                    "null": "+public-data"}
+REFERENCE_ACCESS = {
+    "base_student": "+base-model",
+    "base_teacher": "+base-model",
+    "reference": "+base-model",
+    "null": "+public-data",
+}
 
 
 # --- ids and scores --------------------------------------------------------------------------------------------------

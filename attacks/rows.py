@@ -29,7 +29,7 @@ from attacks.statistics import (
 from attacks.study import CANARIES, Pair, Study, Unresolved
 
 FPRS = (0.25, 0.05, 0.01, 0.001)
-Sample = list[Pair]    # what one value of one seed is the mean over: one pair, or two for `averaged`
+Sample = list[Pair]  # what one value of one seed is the mean over: one pair, or two for `averaged`
 
 
 # --- estimates over one or several seeds -----------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def auc_of(sample: Sample) -> Influence:
 def _seed_mean(influences: list[Influence], samples: list[Sample]) -> SeedMean:
     if all(same_examples(samples[0], sample) for sample in samples):
         within = Influence.mean(influences).variance()
-    else:                                                        # every seed has a split of its own
+    else:  # every seed has a split of its own
         within = sum(each.variance() for each in influences) / len(influences) ** 2
     return over_seeds([each.value for each in influences], within)
 
@@ -84,8 +84,10 @@ def _rates(study: Study, samples: list[Sample]) -> list[Interval | str]:
     for column, fpr in enumerate(FPRS):
         each = [[tpr_at_fpr(p.members, p.nonmembers, fpr) for p in sample] for sample in samples]
         if any(None in values for values in each):
-            rates.append(f"too few non-members: an FPR of {100 * fpr:g} % needs {np.ceil(1 / fpr):.0f} or more, "
-                         f"there are {fewest}")
+            rates.append(
+                f"too few non-members: an FPR of {100 * fpr:g} % needs {np.ceil(1 / fpr):.0f} or more, "
+                f"there are {fewest}"
+            )
         elif len(samples) == 1:
             rates.append(percentile_interval(float(np.mean(each)), draws[:, 0, column], m))
         else:
@@ -158,8 +160,10 @@ def _whole_rows(study: Study, at: dict, block: list[Sample]) -> list[dict]:
     metrics = _metrics(study, at["role_pair"])
     if "balanced_accuracy" in metrics:
         try:
-            accuracies = [influence(sample, lambda p: balanced_accuracy(p.members, p.nonmembers, study.threshold(p)))
-                          for sample in block]
+            accuracies = [
+                influence(sample, lambda p: balanced_accuracy(p.members, p.nonmembers, study.threshold(p)))
+                for sample in block
+            ]
             found["balanced_accuracy"] = estimate(accuracies, block)
         except Unresolved as why:
             found["balanced_accuracy"] = str(why)
@@ -178,8 +182,16 @@ def _row(at: dict, found: Interval | str, block: list[Sample]) -> dict:
     sizes = dict(zip(("n_members", "n_nonmembers"), _sizes(block), strict=True))
     if isinstance(found, str):
         return at | sizes | {"reason": found}
-    return at | sizes | {"value": found.value, "ci_low": found.low, "ci_high": found.high,
-                         "ci_kind": "both" if len(block) > 1 else "examples"}
+    return (
+        at
+        | sizes
+        | {
+            "value": found.value,
+            "ci_low": found.low,
+            "ci_high": found.high,
+            "ci_kind": "both" if len(block) > 1 else "examples",
+        }
+    )
 
 
 # --- differences.csv -------------------------------------------------------------------------------------------------
@@ -210,15 +222,26 @@ def _comparisons(study: Study) -> list[tuple[str, str, str]]:
     for i, student in enumerate(study.students):
         others = ["null", study.swap(student), study.provenance(student).get("teacher") or "teacher"]
         others = [run for run in dict.fromkeys(others) if run in study.runs]
-        found += [(student, b, "private-heldout") for b in (*others, *study.students[i + 1:])]
-        found += [(student, b, "averaged") for b in (*others, *study.students[i + 1:])
-                  if study.swap(student) and study.swap(b)]
+        found += [(student, b, "private-heldout") for b in (*others, *study.students[i + 1 :])]
+        found += [
+            (student, b, "averaged")
+            for b in (*others, *study.students[i + 1 :])
+            if study.swap(student) and study.swap(b)
+        ]
     return found
 
 
 def _compared(study: Study, a: str, b: str, role_pair: str, attack: str) -> list[dict]:
-    head = {"model_a": a, "model_b": b, "setting": study.head(a)["setting"], "access": membership.access(attack),
-            "attack": attack, "role_pair": role_pair, "task": "all", "metric": "auc"}
+    head = {
+        "model_a": a,
+        "model_b": b,
+        "setting": study.head(a)["setting"],
+        "access": membership.access(attack),
+        "attack": attack,
+        "role_pair": role_pair,
+        "task": "all",
+        "metric": "auc",
+    }
     blocks: dict[int | str, tuple | str] = {}
     for seed in study.seeds(a):
         try:
@@ -234,7 +257,8 @@ def _compared(study: Study, a: str, b: str, role_pair: str, attack: str) -> list
     if len(blocks) > 1:
         reasons = [block for block in blocks.values() if isinstance(block, str)]
         blocks["all"] = "; ".join(dict.fromkeys(reasons)) or tuple(
-            [block[side][0] for block in blocks.values()] for side in (0, 1))
+            [block[side][0] for block in blocks.values()] for side in (0, 1)
+        )
     rows = []
     for seed, block in blocks.items():
         if isinstance(block, str):
@@ -242,9 +266,19 @@ def _compared(study: Study, a: str, b: str, role_pair: str, attack: str) -> list
             continue
         gap = compare(*([auc_of(sample) for sample in side] for side in block), block[0])
         m, n = _sizes(block[0])
-        rows.append(head | {"seed": seed, "difference": gap.value, "ci_low": gap.low, "ci_high": gap.high,
-                            "ci_kind": "both" if len(block[0]) > 1 else "examples", "p_value": gap.p,
-                            "n_members": m, "n_nonmembers": n})
+        rows.append(
+            head
+            | {
+                "seed": seed,
+                "difference": gap.value,
+                "ci_low": gap.low,
+                "ci_high": gap.high,
+                "ci_kind": "both" if len(block[0]) > 1 else "examples",
+                "p_value": gap.p,
+                "n_members": m,
+                "n_nonmembers": n,
+            }
+        )
     return rows
 
 
@@ -259,7 +293,17 @@ def roc_points(study: Study) -> pd.DataFrame:
             for attack in study.attacks(run):
                 for seed, (pair,) in by_seed(study, run, attack, role_pair)[0].items():
                     fpr, tpr, _ = roc(pair.members, pair.nonmembers)
-                    frames.append(pd.DataFrame({"model": run, "attack": attack, "role_pair": role_pair,
-                                                "seed": str(seed), "fpr": fpr, "tpr": tpr}))
+                    frames.append(
+                        pd.DataFrame(
+                            {
+                                "model": run,
+                                "attack": attack,
+                                "role_pair": role_pair,
+                                "seed": str(seed),
+                                "fpr": fpr,
+                                "tpr": tpr,
+                            }
+                        )
+                    )
     columns = ["model", "attack", "role_pair", "seed", "fpr", "tpr"]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)

@@ -75,7 +75,7 @@ def auc_influence(members: np.ndarray, nonmembers: np.ndarray) -> Influence:
     ranks = stats.rankdata(np.concatenate([members, nonmembers]))
     v10 = (ranks[:m] - stats.rankdata(members)) / n
     v01 = 1 - (ranks[m:] - stats.rankdata(nonmembers)) / m
-    value = (ranks[:m].sum() - m * (m + 1) / 2) / (m * n)      # sums of half-integers: exact in any order of rows
+    value = (ranks[:m].sum() - m * (m + 1) / 2) / (m * n)  # sums of half-integers: exact in any order of rows
     return Influence(float(value), v10, v01)
 
 
@@ -102,8 +102,9 @@ def logit_interval(value: float, se: float, m: int, n: int, level: float = 0.95,
 
 def interval(influence: Influence, level: float = 0.95) -> Interval:
     """Logit interval of an AUC or a balanced accuracy from the spread of its influences."""
-    return logit_interval(influence.value, np.sqrt(influence.variance()), len(influence.members),
-                          len(influence.nonmembers), level)
+    return logit_interval(
+        influence.value, np.sqrt(influence.variance()), len(influence.members), len(influence.nonmembers), level
+    )
 
 
 def delong(members: np.ndarray, nonmembers: np.ndarray, level: float = 0.95) -> Interval:
@@ -125,8 +126,13 @@ def paired_difference(a: Influence, b: Influence, level: float = 0.95) -> Differ
     return difference(gap.value, float(np.sqrt(gap.variance())), level)
 
 
-def paired_delong(a_members: np.ndarray, a_nonmembers: np.ndarray, b_members: np.ndarray, b_nonmembers: np.ndarray,
-                  level: float = 0.95) -> Difference:
+def paired_delong(
+    a_members: np.ndarray,
+    a_nonmembers: np.ndarray,
+    b_members: np.ndarray,
+    b_nonmembers: np.ndarray,
+    level: float = 0.95,
+) -> Difference:
     """AUC(a) - AUC(b) for two scores of the same members [m] and the same non-members [n]."""
     return paired_difference(auc_influence(a_members, a_nonmembers), auc_influence(b_members, b_nonmembers), level)
 
@@ -177,8 +183,13 @@ def tpr_at_fpr(members: np.ndarray, nonmembers: np.ndarray, fpr: float) -> float
     return tpr_step(members, nonmembers, fpr)
 
 
-def resampled_tpr(members: np.ndarray, nonmembers: np.ndarray, member_counts: np.ndarray,
-                  nonmember_counts: np.ndarray, fprs: Sequence[float]) -> np.ndarray:
+def resampled_tpr(
+    members: np.ndarray,
+    nonmembers: np.ndarray,
+    member_counts: np.ndarray,
+    nonmember_counts: np.ndarray,
+    fprs: Sequence[float],
+) -> np.ndarray:
     """TPR at each FPR [B, len(fprs)] in B stratified resamples, threshold estimated anew in each.
 
     The threshold varies too: an interval from the members alone covers far too little.
@@ -192,7 +203,7 @@ def resampled_tpr(members: np.ndarray, nonmembers: np.ndarray, member_counts: np
     values = np.empty((len(member_counts), len(fprs)))
     for column, fpr in enumerate(fprs):
         allowed = allowed_false_positives(n, fpr)
-        position = np.argmax(drawn_from_top > allowed, axis=1)   # of the (allowed + 1)-th largest one drawn
+        position = np.argmax(drawn_from_top > allowed, axis=1)  # of the (allowed + 1)-th largest one drawn
         not_above = np.searchsorted(members[up], nonmembers[descending][position], side="right")
         values[:, column] = 1 - np.take_along_axis(drawn_below, not_above[:, None], axis=1)[:, 0] / m
     return values

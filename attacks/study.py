@@ -13,7 +13,7 @@ from attacks.statistics import Resampler, best_threshold
 from attacks.tables import SEGMENTS, ScoreTable, TableError, Tokens, read_scores, read_splits
 
 ATTACKED = ("private", "heldout", "calib", "canary")
-MEASURED = ("dev", "heldout")                            # roles whose loss is reported
+MEASURED = ("dev", "heldout")  # roles whose loss is reported
 PAIRS = {"private-heldout": ("private", "heldout"), "heldout-private": ("heldout", "private")}
 COMPARABLE = {"tokenizer_fingerprint": "tokenizers", "dtype": "precisions", "matmul_precision": "precisions"}
 CANARIES = "canary_in-canary_out"
@@ -61,8 +61,19 @@ class Pair:
             return self
         m, n = self.member_task == task, self.nonmember_task == task
         _need_two(m.sum(), n.sum())
-        return Pair(self.run, self.seed, self.attack, self.role_pair, self.member_ids[m], self.nonmember_ids[n],
-                    self.members[m], self.nonmembers[n], self.member_task[m], self.nonmember_task[n], self.abstained)
+        return Pair(
+            self.run,
+            self.seed,
+            self.attack,
+            self.role_pair,
+            self.member_ids[m],
+            self.nonmember_ids[n],
+            self.members[m],
+            self.nonmembers[n],
+            self.member_task[m],
+            self.nonmember_task[n],
+            self.abstained,
+        )
 
 
 @dataclass(frozen=True)
@@ -95,8 +106,12 @@ class Study:
     @property
     def nulls(self) -> list[str]:
         """Models that saw neither members nor non-members: what an attack shows on them is chance or split shift."""
-        return [run for run in self.runs if run.startswith("base_") or (run == "null" and not
-                {"private", "heldout"} & set(self.provenance(run).get("train_roles") or []))]
+        return [
+            run
+            for run in self.runs
+            if run.startswith("base_")
+            or (run == "null" and not {"private", "heldout"} & set(self.provenance(run).get("train_roles") or []))
+        ]
 
     def seeds(self, run: str) -> list[int]:
         return [seed for name, seed in self.tables if name == run]
@@ -145,10 +160,14 @@ class Study:
             raise Unresolved(f"{swap} has no seed {seed}")
         if attack not in self.attacks(swap):
             raise Unresolved(f"{attack} compares {swap} with itself")
-        both = [self._pair(run, seed, attack, "private-heldout"),
-                self._pair(swap, swap_seed, attack, "heldout-private")]
-        if not (np.array_equal(both[0].member_ids, both[1].nonmember_ids)
-                and np.array_equal(both[0].nonmember_ids, both[1].member_ids)):
+        both = [
+            self._pair(run, seed, attack, "private-heldout"),
+            self._pair(swap, swap_seed, attack, "heldout-private"),
+        ]
+        if not (
+            np.array_equal(both[0].member_ids, both[1].nonmember_ids)
+            and np.array_equal(both[0].nonmember_ids, both[1].member_ids)
+        ):
             raise Unresolved(f"{run} and {swap} were scored on different examples")
         return both
 
@@ -168,7 +187,7 @@ class Study:
         if role_pair == CANARIES:
             placement = drawn["placement"].to_numpy(str)
             whole = whole._replace(task=np.char.add("placement=", placement))
-            coins = np.where(placement == "none", -1, coins)     # in nobody's training data, whatever the coin
+            coins = np.where(placement == "none", -1, coins)  # in nobody's training data, whatever the coin
         return _make_pair(key, *(Scores(*(part[coins == coin] for part in whole)) for coin in (1, 0)))
 
     def _scores(self, run: str, seed: int, attack: str, role: str) -> Scores:
@@ -191,18 +210,30 @@ def _make_pair(key: tuple, members: Scores, nonmembers: Scores) -> Pair:
     _need_two(len(members.ids), len(nonmembers.ids))
     both = np.intersect1d(members.ids, nonmembers.ids)
     if len(both):
-        raise TableError(f"{key[0]}/seed{key[1]}: {len(both)} examples are members and non-members of {key[3]} "
-                         f"at once, the first is {both[0]}")
+        raise TableError(
+            f"{key[0]}/seed{key[1]}: {len(both)} examples are members and non-members of {key[3]} "
+            f"at once, the first is {both[0]}"
+        )
     broken = [int(np.isnan(c.values).sum()) for c in (members, nonmembers)]
     if any(broken):
-        raise Unresolved(f"{broken[0]} of {len(members.ids)} members and {broken[1]} of {len(nonmembers.ids)} "
-                         "non-members have a score that is not a number; the model may have diverged")
+        raise Unresolved(
+            f"{broken[0]} of {len(members.ids)} members and {broken[1]} of {len(nonmembers.ids)} "
+            "non-members have a score that is not a number; the model may have diverged"
+        )
     values = np.concatenate([members.values, nonmembers.values])
     silent = np.isneginf(values)
-    values = np.where(silent, values[~silent].min() if (~silent).any() else 0.0, values)    # the least member-like
+    values = np.where(silent, values[~silent].min() if (~silent).any() else 0.0, values)  # the least member-like
     m = len(members.ids)
-    return Pair(*key, members.ids, nonmembers.ids, values[:m], values[m:], members.task, nonmembers.task,
-                (int(silent[:m].sum()), int(silent[m:].sum())))
+    return Pair(
+        *key,
+        members.ids,
+        nonmembers.ids,
+        values[:m],
+        values[m:],
+        members.task,
+        nonmembers.task,
+        (int(silent[:m].sum()), int(silent[m:].sum())),
+    )
 
 
 def _need_two(m: int, n: int) -> None:
@@ -262,6 +293,8 @@ def _reference(study: Study, key: tuple[str, int], attack: str, role: str, refer
     told = [study.tables[k].provenance for k in (key, (run, seed))]
     for name, words in COMPARABLE.items():
         if told[0].get(name) != told[1].get(name):
-            raise Unresolved(f"{key[0]} and {run} have different {words} ({name} {told[0].get(name)} and "
-                             f"{told[1].get(name)}): not subtracted; score both alike")
+            raise Unresolved(
+                f"{key[0]} and {run} have different {words} ({name} {told[0].get(name)} and "
+                f"{told[1].get(name)}): not subtracted; score both alike"
+            )
     return references[run, seed]

@@ -15,8 +15,14 @@ from attacks.study import CANARIES, Study
 HEADLINE = ("model", "attack", "access", "role_pair", "value", "ci_low", "ci_high", "n_members", "n_nonmembers", "seed")
 
 
-def summarize(study: Study, scores_dir: str | Path, membership: list[dict], differences: list[dict], gates: list[dict],
-              blind: Blind) -> dict:
+def summarize(
+    study: Study,
+    scores_dir: str | Path,
+    membership: list[dict],
+    differences: list[dict],
+    gates: list[dict],
+    blind: Blind,
+) -> dict:
     """Everything a reader needs beside the tables; keys as in the README's table of result files."""
     settings = study.settings
     headline = _headline(study, membership, blind)
@@ -36,8 +42,14 @@ def summarize(study: Study, scores_dir: str | Path, membership: list[dict], diff
         "unit": settings["unit"],
         "data": settings["data"],
         "run_settings": settings["run_settings"],
-        "versions": {"python": platform.python_version(), "numpy": np.__version__, "scipy": scipy.__version__,
-                     "scikit-learn": sklearn.__version__, "zlib": zlib.ZLIB_RUNTIME_VERSION} | settings["versions"],
+        "versions": {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "scipy": scipy.__version__,
+            "scikit-learn": sklearn.__version__,
+            "zlib": zlib.ZLIB_RUNTIME_VERSION,
+        }
+        | settings["versions"],
         "canaries": json.loads(canaries.read_text(encoding="utf-8")) if canaries.exists() else [],
     }
 
@@ -82,9 +94,19 @@ def _headline(study: Study, membership: list[dict], blind: Blind) -> dict:
 
 def _blind_leak(blind: Blind) -> dict:
     found = blind.interval
-    return {"model": f"blind:{blind.best}", "attack": blind.best, "access": "text", "role_pair": blind.pair.role_pair,
-            "value": found.value, "ci_low": found.low, "ci_high": found.high, "n_members": len(blind.pair.members),
-            "n_nonmembers": len(blind.pair.nonmembers), "seed": "all", "refused": None}
+    return {
+        "model": f"blind:{blind.best}",
+        "attack": blind.best,
+        "access": "text",
+        "role_pair": blind.pair.role_pair,
+        "value": found.value,
+        "ci_low": found.low,
+        "ci_high": found.high,
+        "n_members": len(blind.pair.members),
+        "n_nonmembers": len(blind.pair.nonmembers),
+        "seed": "all",
+        "refused": None,
+    }
 
 
 def _comparison(study: Study, membership: list[dict], blind: Blind, headline: dict) -> dict:
@@ -113,8 +135,10 @@ def _sentence(study: Study, headline: dict, comparison: dict, gates: list[dict],
     holder = "only the student" if model in study.students else f"only the model {model}"
     beside = [("without a teacher", "null"), ("the teacher itself", "teacher"), ("from the text alone", "blind")]
     sizes = f"{headline['n_members']:,} members, {headline['n_nonmembers']:,} non-members, {_seed_words(study, model)}"
-    words = [f"An attacker who holds {holder} ranks a private record above an unseen one in {_percent(headline)} "
-             f"of pairs ({sizes})"]
+    words = [
+        f"An attacker who holds {holder} ranks a private record above an unseen one in {_percent(headline)} "
+        f"of pairs ({sizes})"
+    ]
     for phrase, name in beside:
         leak = comparison[name]
         words.append(f"{phrase} {_percent(leak) if leak and leak['value'] is not None else 'not measured'}")
@@ -130,15 +154,22 @@ def _utility_verdict(gates: list[dict], model: str) -> str | None:
 
 def _worst(study: Study, membership: list[dict]) -> dict:
     """The greatest AUC of a student whose interval lies above 0.5, over all attacks, role pairs and tasks."""
-    rows = [row for row in membership if row["model"] in (study.students or [study.settings["headline_model"]])
-            and row["metric"] == "auc" and "reason" not in row and row["role_pair"] != CANARIES]
+    rows = [
+        row
+        for row in membership
+        if row["model"] in (study.students or [study.settings["headline_model"]])
+        and row["metric"] == "auc"
+        and "reason" not in row
+        and row["role_pair"] != CANARIES
+    ]
     found = max((row for row in rows if row["ci_low"] > 0.5), key=lambda row: row["value"], default=None)
     note = f"the greatest of {len(rows)} AUC rows of the students, not corrected for that choice"
     return {"row": found, "rows": len(rows), "note": note if found else f"none of {len(rows)} AUC rows resolves a leak"}
 
 
-def _verdicts(study: Study, membership: list[dict], differences: list[dict], gates: list[dict], blind: Blind,
-              headline: dict) -> list[str]:
+def _verdicts(
+    study: Study, membership: list[dict], differences: list[dict], gates: list[dict], blind: Blind, headline: dict
+) -> list[str]:
     said = []
     for run in dict.fromkeys([headline["model"], *study.students]):
         leak = _leak(study, membership, run, study.settings["role_pair"])
@@ -147,20 +178,28 @@ def _verdicts(study: Study, membership: list[dict], differences: list[dict], gat
         if leak["ci_low"] > 0.5:
             said.append(f"{run}: {leak['attack']} ranks members above non-members in {_percent(leak)} of pairs.")
         elif leak["ci_high"] < 0.5:
-            said.append(f"{run}: {leak['attack']} lies below 0.5 ({_percent(leak)}): look for a collapsed model, "
-                        "a sign error or a shift of the split, and at its utility.")
+            said.append(
+                f"{run}: {leak['attack']} lies below 0.5 ({_percent(leak)}): look for a collapsed model, "
+                "a sign error or a shift of the split, and at its utility."
+            )
         else:
-            said.append(f"{run}: no evidence of a leak by {leak['attack']}; one of up to {100 * leak['ci_high']:.1f} % "
-                        "of pairs is compatible with the data. This does not make it private.")
+            said.append(
+                f"{run}: no evidence of a leak by {leak['attack']}; one of up to {100 * leak['ci_high']:.1f} % "
+                "of pairs is compatible with the data. This does not make it private."
+            )
         if _utility_verdict(gates, run) == UNDERTRAINED:
             said.append(f"{run}: {UNDERTRAINED}.")
     if blind.separates:
-        said.append(f"Blind gate: {blind.best} reaches {_percent(_blind_leak(blind))} without any model; "
-                    "only what an attack adds to it means anything.")
+        said.append(
+            f"Blind gate: {blind.best} reaches {_percent(_blind_leak(blind))} without any model; "
+            "only what an attack adds to it means anything."
+        )
     split_leaks = sorted({row["model"] for row in gates if row["verdict"] == SPLIT_LEAKS})
     if split_leaks:
-        said.append(f"Null gate: {', '.join(split_leaks)} never saw the members and is not at chance; "
-                    "read the differences to null.")
+        said.append(
+            f"Null gate: {', '.join(split_leaks)} never saw the members and is not at chance; "
+            "read the differences to null."
+        )
     return said + _ranking(study, differences)
 
 
@@ -170,11 +209,20 @@ def _ranking(study: Study, differences: list[dict]) -> list[str]:
         return []
     if any(len(study.seeds(run)) == 1 for run in study.students):
         return ["One seed gives no ranking of techniques: the same technique trained again may change places."]
-    rows = [row for row in differences if row["seed"] == "all" and row["attack"] == study.settings["primary"]
-            and {row["model_a"], row["model_b"]} <= set(study.students) and "reason" not in row
-            and row["role_pair"] == study.settings["role_pair"]]
-    found = [(row["model_a"], row["model_b"]) if row["difference"] > 0 else (row["model_b"], row["model_a"])
-             for row in rows if row["p_corrected"] < 0.05]
+    rows = [
+        row
+        for row in differences
+        if row["seed"] == "all"
+        and row["attack"] == study.settings["primary"]
+        and {row["model_a"], row["model_b"]} <= set(study.students)
+        and "reason" not in row
+        and row["role_pair"] == study.settings["role_pair"]
+    ]
+    found = [
+        (row["model_a"], row["model_b"]) if row["difference"] > 0 else (row["model_b"], row["model_a"])
+        for row in rows
+        if row["p_corrected"] < 0.05
+    ]
     if not found:
         return ["No two techniques differ by more than seeds and examples explain (p >= 0.05 after Holm)."]
     return [f"{more} leaks more than {less} (over seeds and examples, p < 0.05 after Holm)." for more, less in found]
@@ -194,21 +242,34 @@ def _warnings(study: Study, blind: Blind) -> list[str]:
         found.append("No null model (the student without a teacher): what an attack shows by chance is not known.")
     fingerprints = {t.provenance.get("splits_fingerprint") for t in study.tables.values()} - {None}
     if len(fingerprints) > 1:
-        found.append("The score tables come from more than one split of the data; "
-                     "only runs of the same examples are compared.")
+        found.append(
+            "The score tables come from more than one split of the data; only runs of the same examples are compared."
+        )
     return found
 
 
 def _not_tested(study: Study, membership: list[dict]) -> list[str]:
     roles = {role for table in study.tables.values() for role in table.files}
-    absent = {"the teacher": "teacher", "a student trained on the private data directly": "direct",
-              "the counterfactual teacher (swap)": "swap"}
+    absent = {
+        "the teacher": "teacher",
+        "a student trained on the private data directly": "direct",
+        "the counterfactual teacher (swap)": "swap",
+    }
     found = [f"{words}: no run '{run}'" for words, run in absent.items() if run not in study.runs]
-    found += [f"{what}: no role '{role}'" for role, what in (("canary", "inserted canaries"), ("dev", "utility"),
-                                                             ("calib", "balanced accuracy at a calibrated threshold"))
-              if role not in roles]
-    few = [row["metric"] for row in membership
-           if row["role_pair"] != CANARIES and "too few non-members" in row.get("reason", "")]
+    found += [
+        f"{what}: no role '{role}'"
+        for role, what in (
+            ("canary", "inserted canaries"),
+            ("dev", "utility"),
+            ("calib", "balanced accuracy at a calibrated threshold"),
+        )
+        if role not in roles
+    ]
+    few = [
+        row["metric"]
+        for row in membership
+        if row["role_pair"] != CANARIES and "too few non-members" in row.get("reason", "")
+    ]
     rates = sorted({metric.removeprefix("tpr_at_fpr_") for metric in few})
     found += [f"TPR at an FPR of {100 * float(rate):g} %: too few non-members" for rate in rates]
     tried = dict.fromkeys(row["attack"] for row in membership)

@@ -1,6 +1,6 @@
 """Score tables: Parquet files with one row per example and list columns per scored token, read into flat arrays.
 
-    SCORES/<run>/seed<k>/plain/<role>-00000.parquet    SCORES/text/{<role>.parquet, splits.parquet, token_counts.npz}
+SCORES/<run>/seed<k>/plain/<role>-00000.parquet    SCORES/text/{<role>.parquet, splits.parquet, token_counts.npz}
 """
 
 import json
@@ -74,13 +74,17 @@ class ScoreTable:
         """
         parts = [_read(path, role, set(fields) | {"segment"}) for path in self.files[role]]
         if len({(frozenset(p.token), frozenset(p.example)) for p in parts}) > 1:
-            raise TableError(f"{self.files[role][0].parent}: the files of role '{role}' have different columns; "
-                             "they come from two scoring passes, score this run again")
+            raise TableError(
+                f"{self.files[role][0].parent}: the files of role '{role}' have different columns; "
+                "they come from two scoring passes, score this run again"
+            )
         tokens = _in_id_order(parts)
         doubled = tokens.ids[1:][tokens.ids[1:] == tokens.ids[:-1]]
         if len(doubled):
-            raise TableError(f"{self.files[role][0].parent}: {len(doubled)} duplicate example ids in role '{role}', "
-                             f"the first is {doubled[0]}; every record must be scored once")
+            raise TableError(
+                f"{self.files[role][0].parent}: {len(doubled)} duplicate example ids in role '{role}', "
+                f"the first is {doubled[0]}; every record must be scored once"
+            )
         return tokens
 
 
@@ -125,15 +129,19 @@ def _describe(root: Path, folder: Path) -> ScoreTable:
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.parquet")):
         files.setdefault(path.stem.rsplit("-", 1)[0], []).append(path)
-    told = {path: {k.decode(): v.decode() for k, v in (pq.read_schema(path).metadata or {}).items()}
-            for paths in files.values() for path in paths}
+    told = {
+        path: {k.decode(): v.decode() for k, v in (pq.read_schema(path).metadata or {}).items()}
+        for paths in files.values()
+        for path in paths
+    }
     owners = {(meta.get("run"), meta.get("seed")) for meta in told.values()}
     if len(owners) > 1:
         raise TableError(f"{folder}: its files name different runs ({sorted(map(str, owners))}); keep one run a folder")
     meta = next(iter(told.values()))
     if "run" in meta and "seed" in meta:
-        return ScoreTable(meta["run"], int(meta["seed"]), meta.get("step", ""),
-                          json.loads(meta.get("provenance", "{}")), files)
+        return ScoreTable(
+            meta["run"], int(meta["seed"]), meta.get("step", ""), json.loads(meta.get("provenance", "{}")), files
+        )
     run, seed = folder.parents[1].relative_to(root).as_posix(), folder.parent.name.removeprefix("seed")
     warning = f"{run}/seed{seed}: no metadata in its score tables: taken by their path, its training is unknown"
     if not seed.isdigit():
@@ -144,15 +152,17 @@ def _describe(root: Path, folder: Path) -> ScoreTable:
 def _read(path: Path, role: str, fields: set[str]) -> Tokens:
     columns = pq.read_schema(path).names
     if absent := [c for c in (*IDENTITY, "segment", "logp") if c not in columns]:
-        raise TableError(f"{path}: no column {', '.join(absent)}; a score table has {', '.join(IDENTITY)} and "
-                         "list columns per scored token, segment and logp among them")
+        raise TableError(
+            f"{path}: no column {', '.join(absent)}; a score table has {', '.join(IDENTITY)} and "
+            "list columns per scored token, segment and logp among them"
+        )
     table = pq.read_table(path, columns=[*IDENTITY, *(c for c in columns if c in fields)])
     ids = _text(table, "example_id")
     if wrong := set(_text(table, "role")) - {role}:
         raise TableError(f"{path}: rows of role {', '.join(sorted(wrong))} in a file of role '{role}'")
     offsets = np.zeros(len(ids) + 1, np.int64)
     token, example = {}, {}
-    for name in ("segment", *sorted(set(table.column_names) - {*IDENTITY, "segment"})):   # segment gives the lengths
+    for name in ("segment", *sorted(set(table.column_names) - {*IDENTITY, "segment"})):  # segment gives the lengths
         column = table[name].combine_chunks()
         if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
             example[name] = column.to_numpy(zero_copy_only=False)
@@ -162,8 +172,10 @@ def _read(path: Path, role: str, fields: set[str]) -> Tokens:
             offsets[1:] = np.cumsum(lengths)
         elif (unequal := np.flatnonzero(lengths != np.diff(offsets))).size:
             row = unequal[0]
-            raise TableError(f"{path}: example {ids[row]} has {lengths[row]} values of {name} and "
-                             f"{offsets[row + 1] - offsets[row]} of segment; one per scored token is needed")
+            raise TableError(
+                f"{path}: example {ids[row]} has {lengths[row]} values of {name} and "
+                f"{offsets[row + 1] - offsets[row]} of segment; one per scored token is needed"
+            )
         token[name] = column.flatten().to_numpy(zero_copy_only=False)
     return Tokens(ids, _text(table, "task"), offsets, token, example)
 

@@ -56,10 +56,10 @@ def small(pretrained: bool) -> ConfigDict:
     config.tokenizer.train_size = 4096
     config.models.teacher.scratch = dict(model_type="gpt2", n_embd=256, n_layer=4, n_head=4)
     config.models.student.scratch = dict(model_type="gpt2", n_embd=192, n_layer=3, n_head=3)
-    config.recipes.matched = base.recipe("matched", epochs=12, batch_rows=16, lr=2e-3, warmup_steps=50)
+    config.recipes.matched = base.recipe("matched", epochs=10, batch_rows=8, lr=2e-3, warmup_steps=50)
     config.runs = base.standard_runs()
     if pretrained:
-        config.recipes.base = base.recipe("base", epochs=2, batch_rows=16, lr=2e-3, warmup_steps=50)
+        config.recipes.base = base.recipe("base", epochs=1, batch_rows=16, lr=2e-3, warmup_steps=50)
         for name in ("base_teacher", "base_student"):
             config.runs[name].update(train_roles=("pretrain",), recipe="base")
     return config

@@ -3,8 +3,8 @@
     python main.py --config=configs/opt_kd.py[:1.3b|350m|125m] --config.data.path=databricks-dolly-15k.jsonl
 
 Meta published OPT as pickles: give folders converted once (README, "Checkpoints that are pickles"), or a revision of
-the hub repository that holds safetensors. The published OPT script adds a language-model loss on OpenWebText, which this
-recipe leaves out. Global batch: theirs per GPU times GPUS.
+the hub repository that holds safetensors. The published OPT script adds a language-model loss on OpenWebText, which
+this recipe leaves out. Global batch: theirs per GPU times GPUS.
 """
 
 from ml_collections import ConfigDict

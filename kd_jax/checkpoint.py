@@ -36,7 +36,7 @@ class Checkpoints:
         )
 
     def restore(self, abstract_state, iterator):
-        """The newest state, in the shapes, dtypes and shardings of `abstract_state`; `iterator` moves to its position."""
+        """The newest state, as `abstract_state` says (shapes, dtypes, shardings); `iterator` moves to its position."""
         wanted = {"state": _flat(abstract_state), "data": iterator}
         loaded = self._checkpointer.load_checkpointables(None, wanted)["state"]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), [loaded[n] for n in names(abstract_state)])

@@ -26,6 +26,7 @@ from kd_jax import checkpoint, graph, hf, manifest, prepare, sharding, train
 from kd_jax import score as scoring
 from kd_jax.data import batches, tokenizer
 from kd_jax.data.encode import Encoded
+from kd_jax.errors import ConfigError
 from kd_jax.graph import Run
 from kd_jax.metrics import progress
 from kd_jax.transformer import ModelConfig, Transformer
@@ -61,10 +62,14 @@ def open_study(config: ConfigDict, workdir: Path, mesh: Mesh, only: str = "") ->
     """Check the graph, recipes and models of a config, then prepare its data. Errors come before any training."""
     runs = {r.name: r for r in graph.parse(config.runs.to_dict(), set(config.models), set(config.recipes))}
     if only and only not in runs:
-        raise graph.GraphError(f"--only={only}: no such run; runs: {sorted(runs)}")
+        raise ConfigError(f"--only={only}: no such run; runs: {sorted(runs)}")
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     for run in runs.values():
-        if run.recipe:
-            recipe_of(config, run)
+        if run.recipe and (rows := recipe_of(config, run).micro_batch_rows) % shards:
+            raise ConfigError(
+                f"recipes.{run.recipe}: {rows} rows of a micro-batch do not divide over {shards} devices "
+                "(mesh.data x mesh.fsdp); change batch_rows, accumulation or mesh.tensor"
+            )
     study = Study(config, workdir, mesh, prepare.prepare(config, workdir), runs, only)
     for name in config.models:
         _check_model(study, name)
@@ -94,9 +99,9 @@ def _model_config(study: Study, name: str) -> ModelConfig:
 def _check_model(study: Study, name: str) -> None:
     cfg, data = _model_config(study, name), study.config.data
     if cfg.vocab_size < study.vocab:
-        raise ValueError(f"models.{name} has {cfg.vocab_size} vocabulary rows, the tokenizer {study.vocab} tokens")
+        raise ConfigError(f"models.{name} has {cfg.vocab_size} vocabulary rows, the tokenizer {study.vocab} tokens")
     if cfg.positions == "learned" and cfg.max_positions < data.max_length:
-        raise ValueError(f"models.{name} has {cfg.max_positions} positions, data.max_length is {data.max_length}")
+        raise ConfigError(f"models.{name} has {cfg.max_positions} positions, data.max_length is {data.max_length}")
     path = study.config.models[name].path
     if path and study.config.tokenizer.path != path:
         revision = study.config.models[name].revision

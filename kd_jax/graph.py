@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+from kd_jax.errors import ConfigError
+
 TECHNIQUES = ("none", "sft", "kd")  # none: a base, as loaded, drawn or pre-trained
 SETTINGS = ("-", "disjoint", "shared")
 
 
 # The order among runs that do not need each other: the first verdict (teacher, null) comes first.
 PRIORITY = ("base_teacher", "base_student", "teacher", "null", "students/", "direct", "swap", "swap_students/")
-
-
-class GraphError(ValueError):
-    """A run that cannot be trained as the config states it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,20 +35,20 @@ class Run:
 
 
 def parse(runs: dict[str, dict], models: set[str], recipes: set[str]) -> list[Run]:
-    """Runs in an order in which every run comes after those it needs. Raises GraphError naming run and key."""
+    """Runs in an order in which every run comes after those it needs. Raises ConfigError naming run and key."""
     parsed = {name: _run(name, dict(entry), models, recipes) for name, entry in runs.items()}
     for run in parsed.values():
         for key in ("init", "teacher", "swap_of"):
             other = getattr(run, key)
             if other and other not in parsed:
-                raise GraphError(f"runs.{run.name}.{key} names {other!r}, which is not a run; runs: {sorted(parsed)}")
+                raise ConfigError(f"runs.{run.name}.{key} names {other!r}, which is not a run; runs: {sorted(parsed)}")
     return _ordered(parsed)
 
 
 def _run(name: str, entry: dict, models: set[str], recipes: set[str]) -> Run:
     known = {f.name for f in dataclasses.fields(Run)} - {"name"}
     if unknown := set(entry) - known:
-        raise GraphError(f"runs.{name} has unknown keys {sorted(unknown)}; known: {sorted(known)}")
+        raise ConfigError(f"runs.{name} has unknown keys {sorted(unknown)}; known: {sorted(known)}")
     run = Run(name=name, **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in entry.items()})
     trained = run.technique != "none" or bool(run.train_roles)
     checks = [
@@ -66,7 +64,7 @@ def _run(name: str, entry: dict, models: set[str], recipes: set[str]) -> Run:
     ]
     for good, message in checks:
         if not good:
-            raise GraphError(f"runs.{name}: {message}")
+            raise ConfigError(f"runs.{name}: {message}")
     return run
 
 
@@ -76,7 +74,7 @@ def _ordered(runs: dict[str, Run]) -> list[Run]:
     while waiting:
         ready = [r for r in waiting.values() if all(d in done for d in (r.init, r.teacher) if d)]
         if not ready:
-            raise GraphError(f"runs depend on one another in a circle: {sorted(waiting)}")
+            raise ConfigError(f"runs depend on one another in a circle: {sorted(waiting)}")
         done[ready[0].name] = waiting.pop(ready[0].name)
     return list(done.values())
 

@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from kd_jax import losses
+from kd_jax.errors import ConfigError
 
 Array = jax.Array
 ROW_AXES = ("data", "fsdp")  # mesh axes over which rows are split
@@ -56,10 +57,10 @@ class Loss:
 
     def __post_init__(self) -> None:
         if self.divergence is not None and self.divergence not in losses.DIVERGENCES:
-            raise ValueError(f"unknown divergence {self.divergence!r}; known: {sorted(losses.DIVERGENCES)}")
+            raise ConfigError(f"unknown divergence {self.divergence!r}; known: {sorted(losses.DIVERGENCES)}")
         for name in ("student_T", "teacher_T"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 def default_chunk(vocab: int, backend: str | None = None) -> int:

@@ -73,6 +73,11 @@ def load_pretrained(
     return jax.tree_util.tree_map_with_path(lambda path, _: arrays[_dotted(path)], abstract)
 
 
+def read_config(path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None) -> ModelConfig:
+    """The shape of the model in a folder or under a hub id. Raises CheckpointError as `load_pretrained` does."""
+    return config_from_hf(_read_json(_find_folder(path_or_hub_id, revision) / "config.json"))
+
+
 def _dotted(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import optax
 
+from kd_jax.errors import ConfigError
 from kd_jax.sharding import names
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -13,9 +14,9 @@ SCHEDULES = ("cosine", "linear", "constant")
 def schedule(kind: str, *, lr: float, lr_min: float, warmup_steps: int, steps: int) -> optax.Schedule:
     """Linear warm-up from 0 over `warmup_steps`, then `kind` down to `lr_min` at `steps` (`constant` stays at `lr`)."""
     if kind not in SCHEDULES:
-        raise ValueError(f"unknown schedule {kind!r}; known: {SCHEDULES}")
+        raise ConfigError(f"unknown schedule {kind!r}; known: {SCHEDULES}")
     if warmup_steps >= steps > 0:
-        raise ValueError(f"warmup_steps {warmup_steps} must be below the {steps} steps of the run")
+        raise ConfigError(f"warmup_steps {warmup_steps} must be below the {steps} steps of the run")
     decay = max(steps - warmup_steps, 1)
     after = {
         "cosine": optax.cosine_decay_schedule(lr, decay, alpha=lr_min / lr if lr else 0.0),

@@ -58,6 +58,10 @@ def prepare(config: ConfigDict, workdir: Path) -> Data:
     left = splits[splits.example_id.isin(encoded.record_id)]
     roles.check(left, {"private": config.data.minimum, "heldout": config.data.minimum, "public": 1, "dev": 1})
     counts |= {f"role {r}": int(n) for r, n in left.role.value_counts().sort_index().items()}
+    if config.data.synthetic.records:
+        source = everything.set_index("example_id").source
+        private, public = (set(source[left.example_id[left.role == role]]) for role in ("private", "public"))
+        counts["private records whose entity a public prompt touches"] = len(private & public)
     return Data(everything, splits, tok, encoded, counts)
 
 
@@ -87,7 +91,7 @@ def _load(config: ConfigDict) -> tuple[pd.DataFrame, dict[str, int]]:
             group_key=data.group_key or None,
             seed=config.seed,
         )
-    counts = {"records": len(frame), "duplicates removed": int(frame.attrs.get("duplicates", 0))}
+    counts = {"records read": len(frame), "duplicates removed": int(frame.attrs.get("duplicates", 0))}
     size = sum(frame[c].fillna("").str.len() for c in ("instruction", "input", "response"))
     keep = ~frame.task.isin(data.exclude_tasks) & ((size <= data.max_chars) if data.max_chars else True)
     counts["longer than data.max_chars or of an excluded task"] = int((~keep).sum())
@@ -124,7 +128,7 @@ def _tokenizer(config: ConfigDict, public: pd.DataFrame, workdir: Path) -> token
 def _texts(frame: pd.DataFrame, template: str) -> list[str]:
     """Records as a model reads them, for training a tokenizer."""
     forms = encode.TEMPLATES[template]
-    if forms is None:
+    if forms is None or frame.instruction.isna().all():  # plain text
         return frame.response.tolist()
     return [
         forms[bool(row.input)].format(instruction=row.instruction, input=row.input) + row.response

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from kd_jax import optim, sharding
 from kd_jax.checkpoint import Checkpoints
+from kd_jax.errors import ConfigError
 from kd_jax.head import Loss, head_loss
 from kd_jax.metrics import Metrics, progress
 from kd_jax.transformer import Transformer
@@ -59,17 +60,21 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.kd_ratio <= 1.0:
-            raise ValueError(f"recipe {self.name}: kd_ratio must lie in [0, 1], got {self.kd_ratio}")
+            raise ConfigError(f"recipes.{self.name}: kd_ratio must lie in [0, 1], got {self.kd_ratio}")
         if self.compute_dtype not in DTYPES:
-            raise ValueError(f"recipe {self.name}: compute_dtype must be one of {sorted(DTYPES)}")
+            raise ConfigError(f"recipes.{self.name}: compute_dtype must be one of {sorted(DTYPES)}")
         if self.schedule not in optim.SCHEDULES:
-            raise ValueError(f"recipe {self.name}: schedule must be one of {optim.SCHEDULES}")
+            raise ConfigError(f"recipes.{self.name}: schedule must be one of {optim.SCHEDULES}")
         if self.batch_rows < 1 or self.accumulation < 1 or self.batch_rows % self.accumulation:
-            raise ValueError(
-                f"recipe {self.name}: accumulation {self.accumulation} must divide batch_rows {self.batch_rows}"
+            raise ConfigError(
+                f"recipes.{self.name}: accumulation {self.accumulation} must divide batch_rows {self.batch_rows}"
             )
         if self.epochs <= 0 or self.lr <= 0:
-            raise ValueError(f"recipe {self.name}: epochs and lr must be positive")
+            raise ConfigError(f"recipes.{self.name}: epochs and lr must be positive")
+
+    @property
+    def micro_batch_rows(self) -> int:
+        return self.batch_rows // self.accumulation
 
     def loss(self, vocab: int, teacher: bool) -> Loss:
         """The head's loss for an effective vocabulary, with or without a teacher."""

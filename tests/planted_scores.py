@@ -10,9 +10,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 PROVENANCE = {
-    "technique": "sft", "setting": "-", "train_roles": ["public"], "teacher": None, "init": "base_student",
-    "recipe": "matched", "swap_of": None, "n_params": 1000, "params_fingerprint": "p", "tokenizer_fingerprint": "t",
-    "splits_fingerprint": "s", "dtype": "float32", "matmul_precision": "highest", "bos": "none", "code_version": "1",
+    "technique": "sft",
+    "setting": "-",
+    "train_roles": ["public"],
+    "teacher": None,
+    "init": "base_student",
+    "recipe": "matched",
+    "swap_of": None,
+    "n_params": 1000,
+    "params_fingerprint": "p",
+    "tokenizer_fingerprint": "t",
+    "splits_fingerprint": "s",
+    "dtype": "float32",
+    "matmul_precision": "highest",
+    "bos": "none",
+    "code_version": "1",
 }
 VOCAB = 400
 INTEGERS = dict.fromkeys(("target_id", "rank", "ties", "top1_id"), pa.int32()) | {"segment": pa.int8()}
@@ -37,8 +49,16 @@ class World:
                 "hardness": np.repeat(self.rng.gamma(8, 0.25, n), lengths) * self.rng.gamma(2, 0.5, lengths.sum()),
             }
 
-    def write(self, run: str, leaks: dict[str, float] | None = None, seed: int = 0, gain: float = 0.0,
-              noise: float = 0.3, roles=None, **provenance) -> None:
+    def write(
+        self,
+        run: str,
+        leaks: dict[str, float] | None = None,
+        seed: int = 0,
+        gain: float = 0.0,
+        noise: float = 0.3,
+        roles=None,
+        **provenance,
+    ) -> None:
         """leaks: nats per role.  gain: nats on everything.  noise: of this run alone, per token."""
         for role in roles or self.roles:
             self.write_role(run, role, (leaks or {}).get(role, 0.0) + gain, seed, noise, **provenance)
@@ -50,29 +70,52 @@ class World:
         # Nats are spread over the tokens in proportion: the hardest gain most, and no log-probability becomes positive.
         logp = np.minimum(-hard + nats * hard / hard.mean(), -1e-4)
         fields = {
-            "target_id": made["targets"], "segment": np.ones(total), "logp": logp, "log1m_p": np.log1p(-np.exp(logp)),
-            "entropy": made["hardness"] * 0.8 + 0.2, "logp_std": 0.8 + 0.1 * self.rng.random(total),
-            "rank": np.zeros(total), "ties": np.zeros(total), "top1_id": made["targets"], "top1_logp": logp,
+            "target_id": made["targets"],
+            "segment": np.ones(total),
+            "logp": logp,
+            "log1m_p": np.log1p(-np.exp(logp)),
+            "entropy": made["hardness"] * 0.8 + 0.2,
+            "logp_std": 0.8 + 0.1 * self.rng.random(total),
+            "rank": np.zeros(total),
+            "ties": np.zeros(total),
+            "top1_id": made["targets"],
+            "top1_logp": logp,
             "top2_gap": np.ones(total),
         }
-        text = [" ".join(map(str, made["targets"][a:a + n])).encode()
-                for a, n in zip(np.cumsum(lengths) - lengths, lengths, strict=True)]
+        text = [
+            " ".join(map(str, made["targets"][a : a + n])).encode()
+            for a, n in zip(np.cumsum(lengths) - lengths, lengths, strict=True)
+        ]
         columns = {
-            "example_id": made["ids"], "role": [role] * len(lengths), "task": made["tasks"],
-            "n_tokens": pa.array(lengths, pa.int32()), "n_bytes": [len(t) for t in text],
-            "zlib_bytes": [len(zlib.compress(t)) for t in text], "first_div": np.zeros(len(lengths), np.int32),
+            "example_id": made["ids"],
+            "role": [role] * len(lengths),
+            "task": made["tasks"],
+            "n_tokens": pa.array(lengths, pa.int32()),
+            "n_bytes": [len(t) for t in text],
+            "zlib_bytes": [len(zlib.compress(t)) for t in text],
+            "first_div": np.zeros(len(lengths), np.int32),
         }
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-        lists = {name: pa.ListArray.from_arrays(offsets, pa.array(values.astype(np.float64)).cast(
-            INTEGERS.get(name, pa.float32()), safe=False)) for name, values in fields.items()}
+        lists = {
+            name: pa.ListArray.from_arrays(
+                offsets, pa.array(values.astype(np.float64)).cast(INTEGERS.get(name, pa.float32()), safe=False)
+            )
+            for name, values in fields.items()
+        }
         return pa.table(columns | lists)
 
     def write_role(self, run, role, nats=0.0, seed=0, noise=0.3, **provenance) -> None:
         self.save(self.table(role, nats, noise), run, role, seed, **provenance)
 
     def save(self, table: pa.Table, run: str, role: str, seed: int = 0, shard: int = 0, **provenance) -> None:
-        told = {"run": run, "seed": str(seed), "split_seed": "0", "step": "10", "variant": "plain",
-                "provenance": json.dumps(PROVENANCE | provenance)}
+        told = {
+            "run": run,
+            "seed": str(seed),
+            "split_seed": "0",
+            "step": "10",
+            "variant": "plain",
+            "provenance": json.dumps(PROVENANCE | provenance),
+        }
         path = self.folder / run / f"seed{seed}" / "plain" / f"{role}-{shard:05d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table.replace_schema_metadata(told), path, compression="zstd")
@@ -87,22 +130,36 @@ class World:
             responses = np.split(made["targets"], np.cumsum(made["lengths"])[:-1])
             marked = self.rng.random(len(responses)) < (shift if role == "private" else 0)
             responses = [np.append(r, 7) if m else r for r, m in zip(responses, marked, strict=True)]
-            frame = pd.DataFrame({
-                "example_id": made["ids"], "group": made["ids"], "task": made["tasks"],
-                "prompt_ids": [self.rng.integers(VOCAB, size=8) for _ in responses], "response_ids": responses,
-                "f_chars": [4 * len(r) for r in responses], "f_digits": self.rng.poisson(2, len(responses)),
-            })
+            frame = pd.DataFrame(
+                {
+                    "example_id": made["ids"],
+                    "group": made["ids"],
+                    "task": made["tasks"],
+                    "prompt_ids": [self.rng.integers(VOCAB, size=8) for _ in responses],
+                    "response_ids": responses,
+                    "f_chars": [4 * len(r) for r in responses],
+                    "f_digits": self.rng.poisson(2, len(responses)),
+                }
+            )
             frame.to_parquet(text / f"{role}.parquet")
             placement = np.array(["teacher_only", "none"])[self.rng.integers(2, size=len(frame))]
-            splits.append(pd.DataFrame({
-                "example_id": made["ids"], "role": role, "coin": self.rng.integers(2, size=len(frame)),
-                "placement": placement if role == "canary" else ""}))
+            splits.append(
+                pd.DataFrame(
+                    {
+                        "example_id": made["ids"],
+                        "role": role,
+                        "coin": self.rng.integers(2, size=len(frame)),
+                        "placement": placement if role == "canary" else "",
+                    }
+                )
+            )
         pd.concat(splits).to_parquet(text / "splits.parquet")
         np.savez(text / "token_counts.npz", counts=np.arange(VOCAB))
 
 
-def chain(folder: Path, *, members: int = 300, nonmembers: int = 300, seed: int = 0, student_seeds=(0,),
-          leak: float = 0.3) -> World:
+def chain(
+    folder: Path, *, members: int = 300, nonmembers: int = 300, seed: int = 0, student_seeds=(0,), leak: float = 0.3
+) -> World:
     """A whole experiment: bases, teacher, null, swap, direct, two students and their swaps."""
     world = World(folder, {"private": members, "heldout": nonmembers, "dev": 120, "calib": 160, "canary": 80}, seed)
     world.write("base_student", gain=-0.4, train_roles=[], init=None)
@@ -115,8 +172,14 @@ def chain(folder: Path, *, members: int = 300, nonmembers: int = 300, seed: int 
         for k in student_seeds:
             told = {"technique": name, "setting": "disjoint"}
             world.write(f"students/{name}", {"private": factor * leak}, seed=k, teacher="teacher", **told)
-            world.write(f"swap_students/{name}", {"heldout": factor * leak}, seed=k, teacher="swap",
-                        swap_of=f"students/{name}", **told)
+            world.write(
+                f"swap_students/{name}",
+                {"heldout": factor * leak},
+                seed=k,
+                teacher="swap",
+                swap_of=f"students/{name}",
+                **told,
+            )
     world.write_text()
     return world
 

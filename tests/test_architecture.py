@@ -7,6 +7,7 @@ ROOT = Path(__file__).parent.parent
 
 # Layers from the bottom up; a module imports only from layers below its own.
 LAYERS = [
+    {"kd_jax.errors"},
     {"kd_jax.losses", "kd_jax.sharding", "kd_jax.manifest", "kd_jax.graph", "kd_jax.metrics", "kd_jax.data.records"},
     {
         "kd_jax.head",

@@ -42,8 +42,10 @@ def test_columns_and_files(experiment):
         assert list(found[name].columns) == columns.split() and len(found[name])
     roc = pd.read_parquet(out / "roc.parquet")
     assert list(roc.columns) == ["model", "attack", "role_pair", "seed", "fpr", "tpr"]
-    assert " ".join(summary) == ("title headline sentence comparison worst verdicts warnings not_tested unresolved "
-                                 "runs unit data run_settings versions canaries")
+    assert " ".join(summary) == (
+        "title headline sentence comparison worst verdicts warnings not_tested unresolved "
+        "runs unit data run_settings versions canaries"
+    )
     assert summary == json.loads((out / "summary.json").read_text())
     assert "260," in (out / "membership.csv").read_text() and "260.0" not in (out / "membership.csv").read_text()
 
@@ -69,8 +71,14 @@ def test_every_model_attack_and_pair_has_its_rows(experiment):
     assert whole.groupby(["model", "attack"]).size().eq(6).all()
     assert "reference:null" not in set(whole.query("model == 'null'")["attack"])
     assert set(whole.query("model == 'direct'")["attack"]) == {
-        "loss", "zlib", "min_k", "min_k_plus_plus",
-        "reference:base_student", "reference:base_teacher", "reference:null"}
+        "loss",
+        "zlib",
+        "min_k",
+        "min_k_plus_plus",
+        "reference:base_student",
+        "reference:base_teacher",
+        "reference:null",
+    }
     assert set(found["membership"]["task"]) >= {"all", "open_qa", "summary", "placement=teacher_only"}
     assert (found["membership"].query("metric != 'auc'")["task"] == "all").all()
 
@@ -192,8 +200,14 @@ def test_seeds_are_pooled_and_ranked(seeded):
     assert leak(found, "students/kd", role_pair="averaged", seed="all")["ci_kind"] == "both"
     assert summary["headline"]["seed"] == "all" and "3 seeds" in summary["sentence"]
     assert "students/kd leaks more than students/gkd" in " ".join(summary["verdicts"])
-    gap = row(found["differences"], model_a="students/gkd", model_b="students/kd", attack="loss", seed="all",
-              role_pair="private-heldout")
+    gap = row(
+        found["differences"],
+        model_a="students/gkd",
+        model_b="students/kd",
+        attack="loss",
+        seed="all",
+        role_pair="private-heldout",
+    )
     assert gap["ci_high"] < 0 and gap["ci_kind"] == "both"
     assert set(found["membership"].query("model == 'teacher'")["seed"]) == {"0"}
     assert {"0", "1", "2", "all"} == set(found["utility"].query("model == 'students/kd'")["seed"])
@@ -236,7 +250,7 @@ def test_no_headline_without_text_tables(experiment, tmp_path, lost):
     assert f"not beside the score tables: text/{lost}" in summary["headline"]["refused"]
     found = tables(tmp_path / "out")
     assert row(found["gates"], gate="blind", model="maximum")["verdict"] == "not run"
-    assert leak(found, "students/kd")["value"] > 0.5             # the tables are still written
+    assert leak(found, "students/kd")["value"] > 0.5  # the tables are still written
 
 
 def test_text_of_another_split_is_not_used(experiment, tmp_path):
@@ -250,7 +264,7 @@ def test_text_of_another_split_is_not_used(experiment, tmp_path):
 def test_null_gate_fires_when_the_split_leaks(tmp_path):
     world = World(tmp_path / "scores", {"private": 200, "heldout": 200})
     for run in ("base_student", "null", "students/kd"):
-        world.write(run, {"private": 0.8}, train_roles=["public"])      # easier text, not memory
+        world.write(run, {"private": 0.8}, train_roles=["public"])  # easier text, not memory
     summary = audit(tmp_path / "scores", tmp_path / "out", QUICK)
     gates = tables(tmp_path / "out")["gates"].query("gate == 'null'").set_index(["model", "metric"])["verdict"]
     assert gates["null", "auc:loss"] == SPLIT_LEAKS
@@ -293,10 +307,15 @@ def test_reading_of_no_leak_and_of_an_auc_far_below_half(tmp_path):
 # --- settings and command line -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings,words", [
-    ({"primry": "loss"}, "unknown audit settings primry"), ({"attacks": ["los"]}, "unknown attack 'los'"),
-    ({"headline_model": "students/x"}, "no score table of the headline model students/x"),
-    ({"role_pair": "dev-heldout"}, "role_pair 'dev-heldout'")])
+@pytest.mark.parametrize(
+    "settings,words",
+    [
+        ({"primry": "loss"}, "unknown audit settings primry"),
+        ({"attacks": ["los"]}, "unknown attack 'los'"),
+        ({"headline_model": "students/x"}, "no score table of the headline model students/x"),
+        ({"role_pair": "dev-heldout"}, "role_pair 'dev-heldout'"),
+    ],
+)
 def test_settings_that_do_not_exist(experiment, tmp_path, settings, words):
     with pytest.raises(ValueError, match=words):
         audit(experiment[0], tmp_path, settings)
@@ -321,8 +340,15 @@ def test_headline_of_the_counterfactual_with_another_attack(experiment, tmp_path
 def test_command_line(experiment, tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(QUICK | {"attacks": ["loss"]}))
     root = Path(audit_module.__file__).parents[1]
-    command = [sys.executable, "-m", "attacks", str(experiment[0]), f"--out={tmp_path / 'out'}",
-               f"--settings={tmp_path / 'settings.json'}", "--headline-model=students/kd"]
+    command = [
+        sys.executable,
+        "-m",
+        "attacks",
+        str(experiment[0]),
+        f"--out={tmp_path / 'out'}",
+        f"--settings={tmp_path / 'settings.json'}",
+        "--headline-model=students/kd",
+    ]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "An attacker who holds only the student" in done.stdout and (tmp_path / "out" / "summary.json").exists()

@@ -10,9 +10,14 @@ from attacks.audit import audit
 from attacks.tables import TableError
 
 
-@pytest.mark.parametrize("told,words", [({"dtype": "bfloat16"}, "different precisions"),
-                                        ({"matmul_precision": "default"}, "different precisions"),
-                                        ({"tokenizer_fingerprint": "other"}, "different tokenizers")])
+@pytest.mark.parametrize(
+    "told,words",
+    [
+        ({"dtype": "bfloat16"}, "different precisions"),
+        ({"matmul_precision": "default"}, "different precisions"),
+        ({"tokenizer_fingerprint": "other"}, "different tokenizers"),
+    ],
+)
 def test_references_of_another_kind_are_not_subtracted(tmp_path, told, words):
     world = World(tmp_path / "scores", {"private": 40, "heldout": 40})
     world.write("base_student", **told)

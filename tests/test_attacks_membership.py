@@ -17,8 +17,13 @@ def make(token: dict, lengths, **example) -> Tokens:
     n = len(lengths)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(int)
     token = {"segment": np.ones(offsets[-1], np.int8)} | {k: np.asarray(v, float) for k, v in token.items()}
-    return Tokens(np.array([f"e{i}" for i in range(n)]), np.array(["t"] * n), offsets, token,
-                  {k: np.asarray(v) for k, v in example.items()})
+    return Tokens(
+        np.array([f"e{i}" for i in range(n)]),
+        np.array(["t"] * n),
+        offsets,
+        token,
+        {k: np.asarray(v) for k, v in example.items()},
+    )
 
 
 def worked_example() -> tuple[Tokens, Tokens]:
@@ -31,15 +36,28 @@ def worked_example() -> tuple[Tokens, Tokens]:
         p = np.exp(lp)
         entropy = -(p * lp).sum(axis=1)
         std = np.sqrt((p * (lp + entropy[:, None]) ** 2).sum(axis=1))
-        tables.append(make({"logp": lp[np.arange(6), y], "entropy": entropy, "logp_std": std, "target_id": y}, [6],
-                           zlib_bytes=[52]))
+        tables.append(
+            make(
+                {"logp": lp[np.arange(6), y], "entropy": entropy, "logp_std": std, "target_id": y}, [6], zlib_bytes=[52]
+            )
+        )
     return tables[0], tables[1]
 
 
-@pytest.mark.parametrize("attack,value", [
-    ("loss", -0.791515), ("zlib", -0.0152214), ("min_k", -1.586985), ("min_k@k=0.5", -1.190838),
-    ("min_k@k=1", -0.791515), ("min_k_plus_plus", -0.504546), ("min_k_plus_plus@k=0.5", 0.114742),
-    ("min_k_plus_plus@k=1", 0.405654), ("reference:null", 0.682624)])
+@pytest.mark.parametrize(
+    "attack,value",
+    [
+        ("loss", -0.791515),
+        ("zlib", -0.0152214),
+        ("min_k", -1.586985),
+        ("min_k@k=0.5", -1.190838),
+        ("min_k@k=1", -0.791515),
+        ("min_k_plus_plus", -0.504546),
+        ("min_k_plus_plus@k=0.5", 0.114742),
+        ("min_k_plus_plus@k=1", 0.405654),
+        ("reference:null", 0.682624),
+    ],
+)
 def test_worked_example(attack, value):
     target, reference = worked_example()
     assert score(attack, target, reference)[0] == pytest.approx(value, abs=1.5e-6)
@@ -78,18 +96,24 @@ def test_tokens_of_other_segments_count_only_when_asked():
 
 
 def test_short_and_empty_responses():
-    tokens = make({"logp": [-1, -2, -3, -4, -5], "entropy": np.ones(5), "logp_std": np.ones(5)}, [3, 0, 1, 1],
-                  zlib_bytes=[9, 8, 9, 9])
+    tokens = make(
+        {"logp": [-1, -2, -3, -4, -5], "entropy": np.ones(5), "logp_std": np.ones(5)},
+        [3, 0, 1, 1],
+        zlib_bytes=[9, 8, 9, 9],
+    )
     for attack in SINGLE:
         scores = score(attack, tokens)
         assert np.isneginf(scores[1]) and np.isfinite(scores[[0, 2, 3]]).all()
-    assert score("min_k", tokens)[0] == -3                       # at least one token, however short
+    assert score("min_k", tokens)[0] == -3  # at least one token, however short
     assert np.isneginf(score("reference:null", tokens, tokens)[1])
 
 
 def test_not_a_number_is_an_error_of_that_example_alone():
-    tokens = make({"logp": [-1, np.nan, -3, -np.inf, -2], "entropy": np.ones(5), "logp_std": np.ones(5)}, [2, 1, 1, 1],
-                  zlib_bytes=[9, 9, 9, 9])
+    tokens = make(
+        {"logp": [-1, np.nan, -3, -np.inf, -2], "entropy": np.ones(5), "logp_std": np.ones(5)},
+        [2, 1, 1, 1],
+        zlib_bytes=[9, 9, 9, 9],
+    )
     for attack in SINGLE:
         np.testing.assert_array_equal(np.isnan(score(attack, tokens)), [True, False, True, False])
 
@@ -102,7 +126,10 @@ def test_clamped_spread_is_finite_and_counted():
 def test_ids():
     assert parse("reference:students/kd@k=0.3,eos=1") == ("reference", "students/kd", {"k": 0.3, "eos": 1.0})
     assert expand(["loss", "reference@eos=1", "reference:swap"], ["null", "base_student"], "null") == [
-        "loss", "reference:base_student@eos=1", "reference:swap"]
+        "loss",
+        "reference:base_student@eos=1",
+        "reference:swap",
+    ]
     assert access("min_k_plus_plus") == "distribution" and access("zlib") == "logprobs"
     assert access("reference:base_student") == "logprobs+base-model"
     assert access("reference:null") == "logprobs+public-data"

@@ -45,7 +45,7 @@ def test_tpr_is_a_step_function():
 def test_tpr_keeps_its_allowance_and_grows_with_it():
     rng = np.random.default_rng(0)
     for _ in range(20):
-        x, y = rng.integers(0, 30, 60) * 1.0, rng.integers(0, 25, 83) * 1.0       # many ties
+        x, y = rng.integers(0, 30, 60) * 1.0, rng.integers(0, 25, 83) * 1.0  # many ties
         fpr, tpr, _ = st.roc(x, y)
         grid = (0.0, 0.02, 0.05, 0.1, 0.3, 0.7)
         steps = [st.tpr_step(x, y, f) for f in grid]
@@ -58,7 +58,7 @@ def test_auc_agrees_with_sklearn_and_is_invariant():
     x, y = rng.integers(0, 40, 200) / 4, rng.integers(0, 35, 150) / 4
     labels = np.repeat([1, 0], [200, 150])
     assert st.auc(x, y) == pytest.approx(roc_auc_score(labels, np.concatenate([x, y])), abs=1e-12)
-    assert st.auc(y, x) == pytest.approx(1 - st.auc(x, y), abs=1e-12)                   # never flipped
+    assert st.auc(y, x) == pytest.approx(1 - st.auc(x, y), abs=1e-12)  # never flipped
     assert st.auc(rng.permutation(x), rng.permutation(y)) == st.auc(x, y)
     assert st.auc(np.exp(x), np.exp(y)) == st.auc(x, y)
     same = st.paired_delong(x, y, np.exp(x), np.exp(y))
@@ -170,7 +170,7 @@ def test_mean_of_a_model_and_its_swap():
     rng = np.random.default_rng(9)
     hard = rng.normal(size=600)
     a, b = hard + 0.3 * rng.normal(size=600), hard + 0.3 * rng.normal(size=600)
-    a[:250] += 0.8                                               # a was trained on the first 250, b on the others
+    a[:250] += 0.8  # a was trained on the first 250, b on the others
     b[250:] += 0.8
     mean = st.Influence.mean([st.auc_influence(a[:250], a[250:]), st.auc_influence(b[250:], b[:250]).swapped()])
     assert mean.value == (st.auc(a[:250], a[250:]) + st.auc(b[250:], b[:250])) / 2
@@ -186,7 +186,7 @@ def test_balanced_accuracy_and_holm():
     influence = st.balanced_accuracy(X, Y, 0.6)
     assert influence.value == pytest.approx((3 / 4 + 3 / 5) / 2)
     assert st.best_threshold(np.array([3.0, 4.0, 5.0]), np.array([0.0, 1.0, 3.0])) in (3.0, 4.0)
-    tpr, tnr = 0.75, 0.6                                         # population form of the standard error, attacks.md 8.6
+    tpr, tnr = 0.75, 0.6  # population form of the standard error, attacks.md 8.6
     se = 0.5 * np.sqrt(tpr * (1 - tpr) / 3 + tnr * (1 - tnr) / 4)
     assert np.sqrt(influence.variance()) == pytest.approx(se)
     np.testing.assert_allclose(st.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])

@@ -49,7 +49,7 @@ def test_shards_and_row_order_change_nothing(world, tmp_path):
             np.testing.assert_array_equal(values, getattr(b, part)[name])
     # and the tokens are still those of their example
     rows = {r["example_id"]: r["logp"] for r in whole.select(["example_id", "logp"]).to_pylist()}
-    np.testing.assert_array_equal(a.token["logp"][a.offsets[4]:a.offsets[5]], np.float32(rows[a.ids[4]]))
+    np.testing.assert_array_equal(a.token["logp"][a.offsets[4] : a.offsets[5]], np.float32(rows[a.ids[4]]))
 
 
 def test_selecting_segments_keeps_empty_examples(world):

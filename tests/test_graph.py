@@ -4,6 +4,7 @@ import pytest
 
 from configs import base
 from kd_jax import graph, manifest
+from kd_jax.errors import ConfigError
 
 MODELS, RECIPES = {"teacher", "student"}, {"matched"}
 
@@ -41,7 +42,7 @@ def test_seeds_of_a_dependency():
     ],
 )
 def test_a_wrong_graph_is_refused_by_run_and_key(changes, message):
-    with pytest.raises(graph.GraphError, match=message):
+    with pytest.raises(ConfigError, match=message):
         graph.parse(standard(**changes), MODELS, RECIPES)
 
 

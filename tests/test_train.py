@@ -288,5 +288,5 @@ def test_no_decay_on_biases_and_norms():
     ],
 )
 def test_recipes_are_checked(change):
-    with pytest.raises(ValueError, match="recipe matched"):
+    with pytest.raises(ValueError, match="recipes.matched"):
         train.Recipe(**change)

@@ -276,7 +276,7 @@ INTEGER_FIELDS = ("rank", "ties", "top1_id")
 def head_stats(h: Array, head: Head, targets: Array, mask: Array, spec: Stats) -> dict[str, Array]:
     """Per-token statistics `[N]` of the distribution that predicts `targets [N]`; 0 where `mask [N]` is False.
 
-    All from float32 logits. Fields (natural logarithms, definitions and numerics in the README's table):
+    All from float32 logits. Fields (natural logarithms, defined in the README's table):
     `logp, log1m_p, entropy, logp_std, rank, ties, top1_id, top1_logp, top2_gap`, and on the temperature grid
     `lse_t<T>`, `topk_lse_k<K>_t<T>`, `cum_above_p<P>_t<T>`, `nucleus_p<P>_t<T>`.
     """

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from attacks.gates import count_rows, null_rows, run_blind, utility_gate, utility_rows
-from attacks.membership import ATTACKS, expand
+from attacks.membership import ATTACKS, expand, parse
 from attacks.rows import difference_rows, membership_rows, roc_points
 from attacks.study import CANARIES, PAIRS, Study, load_study
 from attacks.summary import summarize
@@ -74,6 +74,15 @@ def audit(scores_dir: str | Path, out_dir: str | Path, settings: dict) -> dict:
     return summary
 
 
+def check(primary: str, role_pair: str, bootstrap: int) -> None:
+    """What of the settings can be wrong before there is a table. Raises ValueError."""
+    parse(primary)
+    if role_pair not in (*PAIRS, "averaged"):
+        raise ValueError(f"role_pair '{role_pair}' is not one of {', '.join(PAIRS)}, averaged")
+    if bootstrap < 1:
+        raise ValueError(f"bootstrap must be at least 1, not {bootstrap}")
+
+
 def complete(settings: dict, scores_dir: str | Path) -> dict:
     """Settings with defaults filled in from what was scored. Raises ValueError on what does not exist."""
     if unknown := set(settings) - set(DEFAULTS):
@@ -88,8 +97,7 @@ def complete(settings: dict, scores_dir: str | Path) -> dict:
         raise TableError(
             f"{scores_dir}: no score table of the headline model {full['headline_model']}; there are {', '.join(runs)}"
         )
-    if full["role_pair"] not in (*PAIRS, "averaged"):
-        raise ValueError(f"role_pair '{full['role_pair']}' is not one of {', '.join(PAIRS)}, averaged")
+    check(full["primary"], full["role_pair"], full["bootstrap"])
     if full["primary"] not in expand(full["attacks"], full["references"], full["headline_model"]):
         full["attacks"] = [full["primary"], *full["attacks"]]
     return full

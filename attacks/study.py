@@ -187,8 +187,20 @@ class Study:
         if role_pair == CANARIES:
             placement = drawn["placement"].to_numpy(str)
             whole = whole._replace(task=np.char.add("placement=", placement))
-            coins = np.where(placement == "none", -1, coins)  # in nobody's training data, whatever the coin
+            coins = np.where(np.isin(placement, self._carried(run)), coins, -1)
         return _make_pair(key, *(Scores(*(part[coins == coin] for part in whole)) for coin in (1, 0)))
+
+    def _carried(self, run: str) -> list[str]:
+        """Placements whose canaries with coin 1 are in the training data of the run or of its teacher.
+
+        A run whose chain carries none (a base, the swap) is a null: all placements but `none` are compared.
+        """
+        told = self.provenance(run)
+        chain = [told, *([self.provenance(told["teacher"])] if told.get("teacher") in self.runs else [])]
+        roles = {role for link in chain for role in link.get("train_roles") or ()}
+        carried = {"private": ("teacher_only", "both"), "public": ("student_only", "both")}
+        found = sorted({placement for role in roles for placement in carried.get(role, ())})
+        return found or ["both", "student_only", "teacher_only"]
 
     def _scores(self, run: str, seed: int, attack: str, role: str) -> Scores:
         key = (run, seed, attack, role)

@@ -153,7 +153,10 @@ def _utility_verdict(gates: list[dict], model: str) -> str | None:
 
 
 def _worst(study: Study, membership: list[dict]) -> dict:
-    """The greatest AUC of a student whose interval lies above 0.5, over all attacks, role pairs and tasks."""
+    """The best supported leak of a student over all attacks, role pairs and tasks: the greatest lower end.
+
+    By the value alone it would be a slice of a dozen records that happens to be separated.
+    """
     rows = [
         row
         for row in membership
@@ -162,8 +165,8 @@ def _worst(study: Study, membership: list[dict]) -> dict:
         and "reason" not in row
         and row["role_pair"] != CANARIES
     ]
-    found = max((row for row in rows if row["ci_low"] > 0.5), key=lambda row: row["value"], default=None)
-    note = f"the greatest of {len(rows)} AUC rows of the students, not corrected for that choice"
+    found = max((row for row in rows if row["ci_low"] > 0.5), key=lambda row: row["ci_low"], default=None)
+    note = f"the interval with the greatest lower end of {len(rows)} of the students, not corrected for that choice"
     return {"row": found, "rows": len(rows), "note": note if found else f"none of {len(rows)} AUC rows resolves a leak"}
 
 

@@ -100,6 +100,8 @@ def read_scores(scores_dir: str | Path) -> list[ScoreTable]:
         raise TableError(f"{root}: no score tables; expected <run>/seed<k>/plain/<role>-00000.parquet below it")
     tables: dict[tuple[str, int], ScoreTable] = {}
     for folder in folders:
+        if (folder / "begun").exists():
+            raise TableError(f"{folder}: scoring is not finished; run the score stage again")
         table = _describe(root, folder)
         if (table.run, table.seed) in tables:
             raise TableError(f"{folder}: a second table of {table.name}; the metadata of two directories name one run")

@@ -42,6 +42,7 @@ def get_config() -> ConfigDict:
             split="train",  # of the hub data set
             format="auto",  # auto, or a name from kd_jax/data/records.py
             text_unit="article",  # of .txt files: article | paragraph | line
+            fields=dict(instruction="", input="", response="", task=""),  # the source's names, where it has its own
             group_key="",  # field whose equal values share a role (a person, a passage)
             limit=0,  # records kept, chosen by seeded hash; 0 = all
             max_chars=0,  # longer records are left out before the split; 0 = none
@@ -68,6 +69,8 @@ def get_config() -> ConfigDict:
             vocab="",  # ... or a vocabulary with its merges (.gz too) ...
             merges="",
             json="",  # ... or a bare tokenizer.json (.gz too) ...
+            eos="",  # special tokens, where the tokenizer does not say which they are
+            bos="",
             train_size=0,  # ... or a byte-level BPE of so many tokens, trained on the public role
         )
     )
@@ -92,6 +95,7 @@ def get_config() -> ConfigDict:
             primary="loss",  # named beforehand; all others are secondary
             headline="students/kd",  # run whose leak the report's first sentence states
             references=("base_student", "base_teacher", "null"),
+            role_pair="private-heldout",  # of the headline; or averaged, where its run has a swap
             bootstrap=1000,  # resamples of TPR intervals
         )
     )

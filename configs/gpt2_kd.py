@@ -21,7 +21,7 @@ STUDENTS = {"large": ("gpt2-large", 4), "medium": ("gpt2-medium", 8), "base": ("
 
 def get_config(variant: str = "base") -> ConfigDict:
     words = variant.split(",")
-    if words[0] == "small":
+    if words in (["small"], ["small", "base"]):
         return small(pretrained=words[1:] == ["base"])
     if variant not in STUDENTS:
         raise ValueError(f"configs/gpt2_kd.py:{variant}: known are {', '.join(STUDENTS)}, small, and small,base")
@@ -32,7 +32,7 @@ def get_config(variant: str = "base") -> ConfigDict:
     config.models.student.path = hub_id
     config.data.long_prompt = "drop"
     config.data.pack = False  # the papers train one record a row
-    common = dict(lr=5e-5, lr_min=1e-7, compute_dtype="bfloat16", remat=True)
+    common = dict(lr=5e-5, lr_min=1e-7, compute_dtype="bfloat16", remat=True, checkpoints=10)
     config.recipes = ConfigDict(
         dict(
             teacher=base.recipe("zhang2025", epochs=5, batch_rows=4 * GPUS, **common),
@@ -56,7 +56,7 @@ def small(pretrained: bool) -> ConfigDict:
     config.tokenizer.train_size = 4096
     config.models.teacher.scratch = dict(model_type="gpt2", n_embd=256, n_layer=4, n_head=4)
     config.models.student.scratch = dict(model_type="gpt2", n_embd=192, n_layer=3, n_head=3)
-    config.recipes.matched = base.recipe("matched", epochs=10, batch_rows=8, lr=2e-3, warmup_steps=50)
+    config.recipes.matched = base.recipe("matched", steps=640, batch_rows=8, lr=2e-3, warmup_steps=50)
     config.runs = base.standard_runs()
     if pretrained:
         config.recipes.base = base.recipe("base", epochs=1, batch_rows=16, lr=2e-3, warmup_steps=50)

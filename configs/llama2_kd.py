@@ -1,6 +1,6 @@
 """LLaMA-2 7B to a 1.1B LLaMA with LLaMA-2's tokenizer on Dolly, word-level KD; or OpenLLaMA 7B to 3B.
 
-    python main.py --config=configs/llama2_kd.py --config.data.path=databricks-dolly-15k.jsonl --workdir=gs://...
+    python main.py --config=configs/llama2_kd.py --config.data.path=databricks-dolly-15k.jsonl
     python main.py --config=configs/llama2_kd.py:openllama ...
 
 LLaMA-2's weights are gated: accept its licence on the hub and log in, or give a folder with
@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.long_prompt = "drop"
     config.data.pack = False
     config.data.bos = "bos"
-    common = dict(lr=1e-5, lr_min=1e-7, compute_dtype="bfloat16", remat=True)
+    common = dict(lr=1e-5, lr_min=1e-7, compute_dtype="bfloat16", remat=True, checkpoints=10)
     config.recipes = ConfigDict(
         dict(
             teacher=base.recipe("minillm_sft", epochs=10, batch_rows=8 * GPUS, **common),

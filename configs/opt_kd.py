@@ -26,7 +26,7 @@ def get_config(variant: str = "125m") -> ConfigDict:
     config.data.long_prompt = "drop"
     config.data.pack = False
     config.data.bos = "bos"  # OPT was trained with </s> in front; the tokenizer's own BOS
-    common = dict(lr=5e-5, lr_min=1e-7, compute_dtype="bfloat16", remat=True)
+    common = dict(lr=5e-5, lr_min=1e-7, compute_dtype="bfloat16", remat=True, checkpoints=10)
     config.recipes = ConfigDict(
         dict(
             teacher=base.recipe("zhang2025", epochs=5, batch_rows=4 * GPUS, **common),

@@ -28,7 +28,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.tokenizer.train_size = 1024
     config.models.teacher.scratch = dict(model_type="gpt2", n_embd=192, n_layer=4, n_head=4)
     config.models.student.scratch = dict(model_type="gpt2", n_embd=128, n_layer=3, n_head=4)
-    config.recipes.matched = base.recipe("matched", epochs=8, batch_rows=16, lr=2e-3, warmup_steps=20)
+    config.recipes.matched = base.recipe("matched", steps=220, batch_rows=16, lr=2e-3, warmup_steps=20)
 
     config.runs = base.standard_runs()
     del config.runs["students/kd_shared"]  # the quickstart shows the disjoint setting
@@ -40,6 +40,6 @@ def get_config(variant: str = "") -> ConfigDict:
         config.tokenizer.train_size = 512
         config.models.teacher.scratch = dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=2)
         config.models.student.scratch = dict(model_type="gpt2", n_embd=16, n_layer=1, n_head=2)
-        config.recipes.matched.update(epochs=1, warmup_steps=0, evaluations=1)
+        config.recipes.matched.update(steps=6, warmup_steps=0, evaluations=1)
         config.attack.bootstrap = 100
     return config

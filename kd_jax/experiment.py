@@ -24,7 +24,7 @@ from sklearn.metrics import roc_auc_score
 
 from kd_jax import checkpoint, graph, hf, manifest, prepare, sharding, train
 from kd_jax import score as scoring
-from kd_jax.data import batches, tokenizer
+from kd_jax.data import batches, encode, tokenizer
 from kd_jax.data.encode import Encoded
 from kd_jax.errors import ConfigError
 from kd_jax.graph import Run
@@ -70,7 +70,10 @@ def open_study(config: ConfigDict, workdir: Path, mesh: Mesh, only: str = "") ->
                 f"recipes.{run.recipe}: {rows} rows of a micro-batch do not divide over {shards} devices "
                 "(mesh.data x mesh.fsdp); change batch_rows, accumulation or mesh.tensor"
             )
+    if config.attack.headline not in runs:
+        raise ConfigError(f"attack.headline is {config.attack.headline!r}, which is not a run; runs: {sorted(runs)}")
     study = Study(config, workdir, mesh, prepare.prepare(config, workdir), runs, only)
+    scoring_spec(study)
     for name in config.models:
         _check_model(study, name)
     return study
@@ -160,17 +163,11 @@ def _train(study: Study, run: Run, seed: int) -> None:
         return
     recipe = recipe_of(study.config, run)
     encoded = _training_data(study, run)
-    rows = batches.TrainingRows(
-        encoded,
-        row_length=study.config.data.row_length or study.config.data.max_length,
-        packed=study.config.data.pack,
-        seed=_order_seed(study, run, seed),
-        epochs=recipe.epochs,
-    )
+    rows, steps = _training_rows(study, run, seed, recipe, encoded)
     task = train.Task(
         label=f"{run.name} seed{seed}",
         folder=folder,
-        steps=-(-len(rows) // recipe.batch_rows),
+        steps=steps,
         iterator=batches.training_iterator(
             rows, batch_rows=recipe.batch_rows, process_index=jax.process_index(), process_count=jax.process_count()
         ),
@@ -191,7 +188,8 @@ def _train(study: Study, run: Run, seed: int) -> None:
     )
     manifest.write(folder, inputs, facts)
     shutil.rmtree(folder / "begun", ignore_errors=True)
-    last, n = task.evaluate(model), study.config.probe.examples
+    last = task.evaluate(model)
+    n = min(study.config.probe.examples, *(sum(study.data.splits.role == r) for r in ("private", "heldout")))
     auc = last["probe/loss_attack_auc"]
     log.info(
         "%s: dev loss %.3f, loss attack on a probe of %d members and %d non-members: AUC %.3f +- %.3f",
@@ -203,6 +201,27 @@ def _auc_error(auc: float, n: int) -> float:
     """Standard error of an AUC on `n` members and `n` non-members (Hanley and McNeil 1982); the report uses DeLong."""
     q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     return float(np.sqrt((auc * (1 - auc) + (n - 1) * (q1 + q2 - 2 * auc**2)) / n**2))
+
+
+def _training_rows(
+    study: Study, run: Run, seed: int, recipe: train.Recipe, encoded: Encoded
+) -> tuple[batches.TrainingRows, int]:
+    """The rows of all epochs, and the optimiser steps; `recipe.steps` takes as many epochs as it needs."""
+    data = study.config.data
+    make = functools.partial(
+        batches.TrainingRows,
+        encoded,
+        row_length=data.row_length or data.max_length,
+        packed=data.pack,
+        seed=_order_seed(study, run, seed),
+    )
+    if not recipe.steps:
+        rows = make(epochs=recipe.epochs)
+        return rows, -(-len(rows) // recipe.batch_rows)
+    epochs = -(-recipe.steps * recipe.batch_rows // len(make(epochs=1)))
+    while len(rows := make(epochs=epochs)) < recipe.steps * recipe.batch_rows:  # epochs pack differently
+        epochs += 1
+    return rows, recipe.steps
 
 
 def _training_data(study: Study, run: Run) -> Encoded:
@@ -235,8 +254,8 @@ def _inputs(study: Study, run: Run, seed: int) -> dict:
         model=study.config.models[run.model].to_dict(),
         recipe=dataclasses.asdict(recipe_of(study.config, run)),
         earlier=earlier,
-        pack=study.config.data.pack,
-        pretrain=study.config.data.pretrain.to_dict(),
+        rows=[study.config.data[k] for k in ("pack", "row_length", "max_length")],
+        files={key: manifest.stamp(path) for key, path in _files(study.config).items() if key != "data.path"},
         **study.data.fingerprints(),
     )
 
@@ -336,8 +355,8 @@ def _metadata(study: Study, run: Run, seed: int, model: Transformer, trained: di
     return {k: str(v) for k, v in known.items()} | {"provenance": json.dumps(provenance)}
 
 
-def _show_canaries(study: Study, shown: int = 3) -> None:
-    """What models make of three invented canaries: of those inserted most often, the three smallest ids.
+def _show_canaries(study: Study) -> None:
+    """What models make of the invented canaries that went to the teacher alone; the report chooses which it prints.
 
     The guess is each model's most probable token at every position of the true response (teacher-forced).
     """
@@ -345,8 +364,7 @@ def _show_canaries(study: Study, shown: int = 3) -> None:
     inserted = splits[(splits.role == "canary") & (splits.coin == 1) & (splits.placement == "teacher_only")]
     if inserted.empty:
         return
-    chosen = inserted[inserted.repeats == inserted.repeats.max()].sort_values("example_id").head(shown)
-    encoded = study.data.encoded.select(chosen.example_id)
+    encoded = study.data.encoded.select(inserted.example_id)
     frame = study.data.frame.set_index("example_id")
     rows = [
         dict(
@@ -358,7 +376,7 @@ def _show_canaries(study: Study, shown: int = 3) -> None:
             coin=int(r.coin),
             models={},
         )
-        for r in chosen.itertuples()
+        for r in inserted.itertuples()
     ]
     for name in ("teacher", study.config.attack.headline, "null"):
         if name not in study.runs:
@@ -367,7 +385,8 @@ def _show_canaries(study: Study, shown: int = 3) -> None:
         counts, fields = scoring.score(model, encoded, np.arange(len(rows)), scoring_spec(study), study.mesh)
         ends = np.cumsum(counts)
         for row, start, end in zip(rows, ends - counts, ends):
-            guess = study.data.tokenizer.decode(fields["top1_id"][start:end].tolist())
+            response = fields["segment"][start:end] == encode.RESPONSE
+            guess = study.data.tokenizer.decode(fields["top1_id"][start:end][response].tolist())
             row["models"][name] = dict(guess=guess, mean_logp=float(fields["logp"][start:end].mean()))
     (study.workdir / "scores" / "text" / "canaries.json").write_text(json.dumps(rows, indent=1))
 
@@ -380,7 +399,7 @@ def code_version() -> str:
     """First 12 hex of a sha256 over the source files of both packages."""
     digest = hashlib.sha256()
     root = Path(__file__).parent.parent
-    for path in sorted([*root.glob("kd_jax/**/*.py"), *root.glob("attacks/**/*.py")]):
+    for path in sorted([*root.glob("kd_jax/**/*.py"), *root.glob("attacks/**/*.[ph][yt]*")]):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -395,6 +414,17 @@ def versions() -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------- result
 
 
+def export(study: Study, name: str, folder: Path) -> None:
+    """Write a run (its first seed) and the tokenizer as a Hugging Face folder, which must be new or empty."""
+    run = study.runs[name]
+    model = study.config.models[run.model]
+    family = hf.read_family(model.path, revision=model.revision or None) if model.path else model.scratch.model_type
+    eos = study.data.tokenizer.eos_id
+    hf.save_pretrained(load_run(study, name, run.seeds[0]), folder, family=family, token_ids={"eos_token_id": eos})
+    study.data.tokenizer.save(folder)
+    log.info("%s written to %s", name, folder)
+
+
 def audit_settings(study: Study) -> dict:
     """What the audit needs to know besides the score tables."""
     config = study.config
@@ -403,7 +433,7 @@ def audit_settings(study: Study) -> dict:
         primary=config.attack.primary,
         references=list(config.attack.references),
         headline_model=config.attack.headline,
-        role_pair="private-heldout",
+        role_pair=config.attack.role_pair,
         seed=config.seed,
         blind=True,
         bootstrap=config.attack.bootstrap,
@@ -416,10 +446,17 @@ def audit_settings(study: Study) -> dict:
 
 
 def _result_inputs(config: ConfigDict) -> dict:
-    """Config, code and the stamp of the data file: equal ones let a start end at once."""
-    path = Path(config.data.path)
-    stamp = [path.stat().st_size, path.stat().st_mtime_ns] if config.data.path and path.exists() else []
-    return {"config": manifest.digest(json.loads(config.to_json_best_effort())), "code": code_version(), "data": stamp}
+    """Config, code and the files that it names: equal ones let a start end at once."""
+    files = {key: manifest.stamp(path) for key, path in _files(config).items()}
+    return {"config": manifest.digest(json.loads(config.to_json_best_effort())), "code": code_version(), "files": files}
+
+
+def _files(config: ConfigDict) -> dict[str, str]:
+    """Files and folders that the config names, by key."""
+    named = {"data.path": config.data.path, "data.pretrain.path": config.data.pretrain.path}
+    named |= {f"models.{name}.path": model.path for name, model in config.models.items()}
+    named |= {f"tokenizer.{key}": config.tokenizer[key] for key in ("path", "vocab", "merges", "json")}
+    return {key: path for key, path in named.items() if path}
 
 
 def last_result(config: ConfigDict, workdir: Path) -> str | None:

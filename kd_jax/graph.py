@@ -60,6 +60,10 @@ def _run(name: str, entry: dict, models: set[str], recipes: set[str]) -> Run:
         (not trained or run.recipe in recipes, f"recipe {run.recipe!r} is not one of {sorted(recipes)}"),
         (run.technique == "none" or bool(run.init), "init must name the run it starts from"),
         (run.technique == "none" or bool(run.train_roles), "train_roles is empty"),
+        (
+            set(run.train_roles) <= ({"pretrain"} if run.technique == "none" else {"private", "public", "heldout"}),
+            f"train_roles {run.train_roles}: a base takes pretrain or nothing, others private, public, heldout",
+        ),
         (run.setting != "disjoint" or "private" not in run.train_roles, "setting disjoint, but trains on private"),
     ]
     for good, message in checks:

@@ -270,9 +270,6 @@ class Stats:
     chunk: int = 0
 
 
-INTEGER_FIELDS = ("rank", "ties", "top1_id")
-
-
 def head_stats(h: Array, head: Head, targets: Array, mask: Array, spec: Stats) -> dict[str, Array]:
     """Per-token statistics `[N]` of the distribution that predicts `targets [N]`; 0 where `mask [N]` is False.
 

@@ -78,6 +78,11 @@ def read_config(path_or_hub_id: str | os.PathLike[str], *, revision: str | None 
     return config_from_hf(_read_json(_find_folder(path_or_hub_id, revision) / "config.json"))
 
 
+def read_family(path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None) -> str:
+    """The family (`model_type`) of the model in a folder or under a hub id."""
+    return _read_json(_find_folder(path_or_hub_id, revision) / "config.json")["model_type"]
+
+
 def _dotted(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 

@@ -71,11 +71,30 @@ def begin(folder: Path, inputs: dict, what: str) -> bool:
     if finished(folder, inputs, what):
         return True
     started = folder / "begun"
-    if started.exists():
+    if read(started) is not None:
         finished(started, inputs, f"unfinished {what}")
     else:
         write(started, inputs, {})
     return False
+
+
+def stamp(path: str) -> str:
+    """A cheap fingerprint of a file, or of a folder's weights and settings: sizes, and the first and last MiB of each.
+
+    What is not here (a hub id) is its own name.
+    """
+    root = Path(path)
+    found = sorted(p for p in root.glob("*") if p.suffix in (".json", ".safetensors")) if root.is_dir() else [root]
+    if not all(p.is_file() for p in found):
+        return path
+    summary = hashlib.sha256()
+    for file in found:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            summary.update(f"{file.name} {size}".encode() + handle.read(1 << 20))
+            handle.seek(max(0, size - (1 << 20)))
+            summary.update(handle.read())
+    return summary.hexdigest()[:16]
 
 
 def _plain(value):

@@ -24,10 +24,10 @@ class Metrics:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        kept = [line for line in _read_lines(path) if line["step"] <= step]
+        kept = [line for line in _read_lines(path) if line["step"] <= step] if step else []
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._lines = path.open("a")
-        self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One row of scalars; names like `train/loss` become TensorBoard's groups."""

@@ -12,7 +12,9 @@ import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
+from kd_jax import manifest
 from kd_jax.data import encode, records, roles, synthetic, tokenizer
+from kd_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,10 @@ def prepare(config: ConfigDict, workdir: Path) -> Data:
     encoded = encode.encode(everything, tok, **_encoding(config))
     counts |= {k: v for k, v in encoded.counts.items() if v}
     left = splits[splits.example_id.isin(encoded.record_id)]
-    roles.check(left, {"private": config.data.minimum, "heldout": config.data.minimum, "public": 1, "dev": 1})
+    least = {"private": config.data.minimum, "heldout": config.data.minimum, "public": 1, "dev": 1}
+    if "calib" in config.score.roles:
+        least["calib"] = config.data.minimum // 5
+    roles.check(left, least)
     counts |= {f"role {r}": int(n) for r, n in left.role.value_counts().sort_index().items()}
     if config.data.synthetic.records:
         source = everything.set_index("example_id").source
@@ -68,6 +73,8 @@ def prepare(config: ConfigDict, workdir: Path) -> Data:
 def pretraining(config: ConfigDict, tok: tokenizer.Tokenizer) -> encode.Encoded:
     """Plain text for base runs, in windows of `data.max_length` tokens."""
     source = config.data.pretrain
+    if not source.path:
+        raise ConfigError("a base is to be pre-trained, but data.pretrain.path is empty")
     frame = records.load(source.path, text_unit=source.text_unit, limit=source.limit or None, seed=config.seed)
     return encode.encode(frame, tok, **(_encoding(config) | {"template": "text"}))
 
@@ -79,6 +86,11 @@ def _encoding(config: ConfigDict) -> dict:
 
 def _load(config: ConfigDict) -> tuple[pd.DataFrame, dict[str, int]]:
     data = config.data
+    sources = {"data.path": data.path, "data.dataset": data.dataset, "data.synthetic.records": data.synthetic.records}
+    if sum(map(bool, sources.values())) != 1:
+        raise ConfigError(f"exactly one of {', '.join(sources)} must be set, not {sources}")
+    if min(data.limit, data.max_chars, data.pretrain.limit) < 0:
+        raise ConfigError("data.limit, data.max_chars and data.pretrain.limit must not be negative")
     if data.synthetic.records:
         frame = synthetic.generate(data.synthetic.records, overlap=data.synthetic.overlap, seed=config.seed)
     else:
@@ -89,6 +101,7 @@ def _load(config: ConfigDict) -> tuple[pd.DataFrame, dict[str, int]]:
             format=data.format,
             text_unit=data.text_unit,
             group_key=data.group_key or None,
+            fields={ours: theirs for ours, theirs in data.fields.items() if theirs},
             seed=config.seed,
         )
     counts = {"records read": len(frame), "duplicates removed": int(frame.attrs.get("duplicates", 0))}
@@ -117,16 +130,20 @@ def _tokenizer(config: ConfigDict, public: pd.DataFrame, workdir: Path) -> token
             spec["path"] = config.models.teacher.path  # the models bring their own
             spec["revision"] = config.models.teacher.revision
         return tokenizer.load(spec)
-    saved = workdir / "tokenizer" / "tokenizer.json"
-    if saved.exists():
-        return tokenizer.load({"json": str(saved)})
-    tok = tokenizer.load(spec, train_texts=_texts(public, config.data.template))
-    tok.save(saved.parent)
+    folder, texts = workdir / "tokenizer", _texts(public, config.data.template)
+    inputs = {"tokenizer": spec, "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]}
+    if manifest.finished(folder, inputs, "the tokenizer"):
+        return tokenizer.load({"json": str(folder / "tokenizer.json")})
+    tok = tokenizer.load(spec, train_texts=texts)
+    tok.save(folder)
+    manifest.write(folder, inputs, {"fingerprint": tok.fingerprint})
     return tok
 
 
 def _texts(frame: pd.DataFrame, template: str) -> list[str]:
     """Records as a model reads them, for training a tokenizer."""
+    if template not in encode.TEMPLATES:
+        raise ConfigError(f"data.template is {template!r}; known are {', '.join(encode.TEMPLATES)}")
     forms = encode.TEMPLATES[template]
     if forms is None or frame.instruction.isna().all():  # plain text
         return frame.response.tolist()

@@ -25,10 +25,13 @@ from tqdm import tqdm
 from kd_jax import sharding
 from kd_jax.data.batches import scoring_batches
 from kd_jax.data.encode import EOS, RESPONSE, Encoded, ragged
+from kd_jax.errors import ConfigError
 from kd_jax.head import Stats, head_stats
 from kd_jax.transformer import Transformer
 
 FIELDS = ("logp", "log1m_p", "entropy", "logp_std", "rank", "ties", "top1_id", "top1_logp", "top2_gap")  # `basic`
+
+PRECISIONS = ("highest", "high", "default")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,12 @@ class Scoring:
     top_k: tuple[int, ...] = ()
     top_p: tuple[float, ...] = ()
     chunk: int = 0
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"score.precision is {self.precision!r}; known are {', '.join(PRECISIONS)}")
+        if self.batch_rows < 1:
+            raise ConfigError(f"score.batch_rows must be positive, got {self.batch_rows}")
 
     @property
     def stats(self) -> Stats:

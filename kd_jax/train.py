@@ -35,7 +35,8 @@ class Recipe:
     """How one run is trained. Every key of a recipe in the configs, with its unit."""
 
     name: str = "matched"
-    epochs: int = 10  # passes over the run's records
+    steps: int = 0  # optimiser steps; 0 = as many as `epochs` make
+    epochs: int = 10  # passes over the run's records, where `steps` is 0
     batch_rows: int = 16  # rows of one optimiser step over all devices (records, where data.pack is False)
     accumulation: int = 1  # micro-batches the step is split into
     lr: float = 5e-4  # peak learning rate
@@ -69,8 +70,12 @@ class Recipe:
             raise ConfigError(
                 f"recipes.{self.name}: accumulation {self.accumulation} must divide batch_rows {self.batch_rows}"
             )
-        if self.epochs <= 0 or self.lr <= 0:
-            raise ConfigError(f"recipes.{self.name}: epochs and lr must be positive")
+        if self.epochs <= 0 or self.lr <= 0 or self.steps < 0:
+            raise ConfigError(f"recipes.{self.name}: epochs and lr must be positive, steps not negative")
+        try:
+            self.loss(1, teacher=True)
+        except ConfigError as error:
+            raise ConfigError(f"recipes.{self.name}: {error}") from error
 
     @property
     def micro_batch_rows(self) -> int:

@@ -57,7 +57,7 @@ def test_a_role_without_a_share_gets_nothing():
 
 @pytest.mark.parametrize("shares", [{"private": 0.5}, {"private": 0.5, "members": 0.5}, {"private": 1.5, "dev": -0.5}])
 def test_bad_shares(shares):
-    with pytest.raises(DataError, match=r"data\.shares"):
+    with pytest.raises(DataError, match=r"data\.roles"):
         roles.assign(frame_of(3), shares)
 
 

@@ -96,6 +96,20 @@ def test_a_run_killed_in_training_continues_to_the_same_parameters(study, tmp_pa
     assert facts[0]["params_fingerprint"] == facts[1]["params_fingerprint"]
 
 
+def test_everything_is_its_owners_alone(study):
+    workdir, _ = study
+    assert not [p for p in workdir.rglob("*") if p.stat().st_mode & 0o077]
+
+
+def test_a_run_is_exported_for_transformers(study, tmp_path):
+    done = start(study[0], "--only=students/kd", f"--export={tmp_path / 'student'}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    names = {p.name for p in (tmp_path / "student").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    again = start(study[0], "--only=students/kd", f"--export={tmp_path / 'student'}")
+    assert again.returncode == 1 and "not empty" in again.stderr
+
+
 def test_no_text_of_a_record_stands_in_report_or_logs(study):
     """Responses of private records are looked for in everything but score and text tables and canaries."""
     from configs import quickstart
@@ -116,6 +130,8 @@ def test_no_text_of_a_record_stands_in_report_or_logs(study):
     [
         (["--config.recipes.matched.learning_rate=1"], "learning_rate"),
         (["--config.recipes.matched.lr=fast"], "fast"),
+        (["--config.attack.primary=los"], "error: config.attack: unknown attack 'los'"),
+        (["--stages=trian"], "error: unknown stages ['trian']"),
         (["--config.data.synthetic.records=0", "--config.data.path=nowhere.jsonl"], "error: nowhere.jsonl"),
     ],
 )
@@ -135,6 +151,10 @@ def test_wrong_arguments_are_refused_by_name(arguments, message, tmp_path):
         (lambda c: c.models.student.update(path="nowhere/at/all"), "", "nowhere/at/all"),
         (lambda c: c.models.student.update(scratch=dict(model_type="mamba")), "", "mamba"),
         (lambda c: c.data.update(template="chat"), "", "data.template is 'chat'"),
+        (lambda c: c.data.update(path="also.jsonl"), "", "exactly one of data.path"),
+        (lambda c: c.recipes.matched.update(divergence="kl"), "", "recipes.matched: unknown divergence 'kl'"),
+        (lambda c: c.attack.update(headline="students/best"), "", "attack.headline is 'students/best'"),
+        (lambda c: c.score.update(precision="low"), "", "score.precision is 'low'"),
     ],
 )
 def test_a_wrong_config_is_refused_before_any_training(change, only, message, tmp_path):

@@ -38,6 +38,8 @@ def test_seeds_of_a_dependency():
         ({"students/kd": {"recipe": "best"}}, "recipe 'best' is not one of"),
         ({"null": {"train_roles": ()}}, "train_roles is empty"),
         ({"null": {"epochs": 3}}, "unknown keys"),
+        ({"null": {"train_roles": ("publik",)}}, "train_roles .*publik"),
+        ({"base_student": {"train_roles": ("private",), "recipe": "matched"}}, "a base takes pretrain or nothing"),
         ({"base_student": {"init": "null"}}, "in a circle"),
     ],
 )

@@ -262,7 +262,8 @@ def _canary(results: Results, canary: dict) -> Html:
     """One canary, and what teacher, student and null make of it."""
     truth, answers = canary["response"].strip(), canary.get("models") or {}
     rows = [{
-        "Model": model, "Setting": results.settings.get(model, "-"), "What it answers": answers[model]["guess"],
+        "Model": model, "Setting": results.settings.get(model, "-"),
+        "Most probable token at each position of the true answer": answers[model]["guess"],
         "Exact": "yes" if answers[model]["guess"].strip() == truth else "no",
         "Mean log-probability of the true answer (nats per token)": signed(answers[model].get("mean_logp")) or "–",
     } for model in ("teacher", results.headline["model"], "null") if model in answers]  # fmt: skip

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,10 @@ def _read_file(path: Path, text_unit: str) -> Iterator[tuple[str, dict]]:
             text = file.read()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: broken gzip file ({error})") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     return _read_txt(path, text, text_unit) if kind == ".txt" else readers[kind](path, text)
 
 
@@ -155,6 +158,8 @@ def _parse(text: str, place: str, first_line: int = 1) -> Any:
     except json.JSONDecodeError as error:  # its message does not quote the text
         line = first_line + error.lineno - 1
         raise DataError(f"{place}:{line}: broken JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise DataError(f"{place}:{first_line}: JSON nested too deeply") from None
 
 
 def _read_jsonl(path: Path, text: str) -> Iterator[tuple[str, dict]]:
@@ -198,8 +203,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
 
     try:
         rows = pq.read_table(path).to_pylist()
-    except pa.ArrowInvalid:
-        raise DataError(f"{path}: not a Parquet file") from None
+    except (pa.ArrowException, OSError):
+        raise DataError(f"{path}: not a Parquet file, or a damaged one") from None
     return ((f"{path.name}: row {number}", row) for number, row in enumerate(rows, 1))
 
 
@@ -231,14 +236,18 @@ def _flatten(place: str, record: Any) -> Iterator[tuple[str, dict]]:
     if "Definition" in record:
         definition = record["Definition"]
         shared = {"instruction": definition if isinstance(definition, str) else "\n".join(definition)}
+    if not isinstance(nested, list):
+        raise DataError(f"{place}: instances must be a list, this is a {type(nested).__name__}")
     for number, instance in enumerate(nested, 1):
         where = f"{place}, instance {number}"
+        if not isinstance(instance, dict):
+            raise DataError(f"{where}: must be a JSON object, this is a {type(instance).__name__}")
         output = instance.get("output")
         if isinstance(output, list):  # several references: the first that says something
-            output = next((text for text in output if text.strip()), "")
+            output = next((text for text in output if isinstance(text, str) and text.strip()), "")
         row = {**shared, **instance, "output": output}
         if "Definition" in record and "id" in instance:
-            row["task"] = instance["id"].split("-")[0]  # "task002-<hash>"
+            row["task"] = str(instance["id"]).split("-")[0]  # "task002-<hash>"
         yield where, row
 
 

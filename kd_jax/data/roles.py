@@ -38,9 +38,9 @@ def assign(frame: pd.DataFrame, shares: Mapping[str, float] = SHARES, seed: int 
         with `private`, and 0 for the half trained on with `heldout`; for other roles it means nothing.
     """
     if unknown := sorted(set(shares) - set(SHARES)):
-        raise DataError(f"data.shares names the roles {', '.join(unknown)}; known are {', '.join(SHARES)}")
+        raise DataError(f"data.roles names the roles {', '.join(unknown)}; known are {', '.join(SHARES)}")
     if min(shares.values()) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
-        raise DataError(f"data.shares must be positive and sum to 1, not to {sum(shares.values()):g}")
+        raise DataError(f"data.roles must be positive and sum to 1, not to {sum(shares.values()):g}")
     names = [role for role in SHARES if role in shares]  # a fixed order: that of the caller's dict plays no part
     edges = np.cumsum([shares[role] for role in names])
     position = np.searchsorted(edges, uniform(seed, "role", frame["group"]), side="right")
@@ -64,7 +64,7 @@ def check(splits: pd.DataFrame, minimum: Mapping[str, int]) -> None:
         least = max(1, minimum["calib"] // 2)
         needed += [(f"calib (coin {coin})", int(halves.get(coin, 0)), least) for coin in (0, 1)]
     if short := [f"{role} has {count} of at least {least}" for role, count, least in needed if count < least]:
-        raise DataError(f"too few records in a role: {'; '.join(short)}. Give more data, or change data.shares")
+        raise DataError(f"too few records in a role: {'; '.join(short)}. Give more data, or change data.roles")
 
 
 def make_canaries(

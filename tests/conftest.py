@@ -37,5 +37,5 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"parity against PyTorch {torch.__version__}, run here")
     except ImportError:
         terminalreporter.write_line(
-            "parity against stored float64 logits (made by PyTorch on Python 3.11): none runs here"
+            "parity against stored float64 logits of PyTorch (made on Python 3.11; no PyTorch here)"
         )

@@ -52,10 +52,13 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         mean = rows.groupby("overlap").value.mean()
         axes.plot(mean.index, mean, color=color, lw=1.2)
     axes.axhline(0.5, color="black", lw=0.8, ls=":")
-    axes.set(
-        xlabel="overlap: share of records with a role of their own", ylabel="AUC of the loss attack, 95 % interval"
+    axes.set_xlabel("overlap: share of public prompts about a person of another record")
+    axes.set_ylabel("AUC of the loss attack, 95 % interval")
+    first = table.iloc[0]
+    counts = (
+        f"{first.n_members:,.0f} members, {first.n_nonmembers:,.0f} non-members, {table.split_seed.nunique()} seed(s)"
     )
-    axes.set_title("Invented records, tiny models, setting: disjoint")
+    axes.set_title(f"Invented records, tiny models, setting: disjoint\n{counts}", fontsize=10)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=160)
 

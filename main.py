@@ -22,9 +22,9 @@ from attacks.tables import TableError
 from kd_jax import experiment, sharding
 from kd_jax.data.records import DataError
 from kd_jax.errors import ConfigError
-from kd_jax.experiment import Study
 from kd_jax.hf import CheckpointError
 from kd_jax.manifest import StaleWork
+from kd_jax.study import Study, open_study
 
 STAGES: dict[str, Callable[[Study], object]] = {
     "train": experiment.train_runs,
@@ -57,7 +57,7 @@ def main(_: list[str]) -> None:
             print(f"All done before.\n{last}")
             return
         with jax.set_mesh(sharding.make_mesh(**config.mesh)):
-            study = experiment.open_study(config, workdir, jax.sharding.get_mesh(), ONLY.value)
+            study = open_study(config, workdir, jax.sharding.get_mesh(), ONLY.value)
             if EXPORT.value:
                 return experiment.export(study, ONLY.value, Path(EXPORT.value))
             for name, stage in STAGES.items():

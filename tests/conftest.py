@@ -12,8 +12,8 @@ _CHECKS: dict[str, tuple[float, float, int]] = {}  # name -> worst deviation, it
 
 
 @pytest.fixture
-def science():
-    """`science(name, deviation, tolerance)`: assert that a deviation is within tolerance and put it in the table."""
+def check():
+    """`check(name, deviation, tolerance)`: assert that a deviation is within tolerance and put it in the table."""
 
     def check(name: str, deviation: float, tolerance: float) -> None:
         deviation = float(deviation)

@@ -21,6 +21,7 @@ LAYERS = [
     {"kd_jax.families"},
     {"kd_jax.hf", "kd_jax.data.batches", "kd_jax.train", "kd_jax.prepare"},
     {"kd_jax.score"},
+    {"kd_jax.study"},
     {"kd_jax.experiment"},
 ]
 

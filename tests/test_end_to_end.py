@@ -159,12 +159,12 @@ def test_wrong_arguments_are_refused_by_name(arguments, message, tmp_path):
 )
 def test_a_wrong_config_is_refused_before_any_training(change, only, message, tmp_path):
     from configs import quickstart
-    from kd_jax import experiment, sharding
+    from kd_jax import sharding, study
 
     config = quickstart.get_config("tiny")
     change(config)
     with pytest.raises(ValueError, match=message):
-        experiment.open_study(config, tmp_path, sharding.make_mesh(), only)
+        study.open_study(config, tmp_path, sharding.make_mesh(), only)
     assert not (tmp_path / "runs").exists()
 
 

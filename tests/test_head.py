@@ -67,40 +67,40 @@ def value_and_grads(p, spec):
 
 
 @pytest.mark.parametrize("T", [1.0, 2.0])
-def test_forward_kl_golden_values(T, science):
+def test_forward_kl_golden_values(T, check):
     eye = jnp.eye(5)
     spec = Loss(5, "fkl", T, T, t_squared=False)
     weights = {"ce": jnp.zeros(1), "kd": jnp.ones(1)}
     f = lambda z: head_loss(z, Head(eye), jnp.float32(Z_T), Head(eye), jnp.zeros(1, jnp.int32), weights, spec)[0]
     value, grad = jax.value_and_grad(f)(jnp.float32(Z_S))
-    science("forward KL golden value", abs(value - GOLDEN[T]), 1e-6)
+    check("forward KL golden value", abs(value - GOLDEN[T]), 1e-6)
     if T == 1.0:
-        science("forward KL golden gradient", np.abs(grad[0] - np.array(GOLDEN_GRAD)).max(), 1e-6)
+        check("forward KL golden gradient", np.abs(grad[0] - np.array(GOLDEN_GRAD)).max(), 1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 45, 64])
 @pytest.mark.parametrize(
     "spec", [Loss(37, "fkl"), Loss(37, "fkl", 2.0, 2.0), Loss(37, "fkl", 1.5, 3.0, t_squared=False)]
 )
-def test_loss_and_gradients_against_float64(chunk, spec, science):
+def test_loss_and_gradients_against_float64(chunk, spec, check):
     p, mask = problem()
     spec = dataclasses.replace(spec, chunk=chunk)
     (loss, values), (dh, dhead) = value_and_grads(p, spec)
     want, want_values, want_dh, want_dw, want_db = oracle(
         p["h_s"], p["student"], p["h_t"], p["teacher"], p["targets"], p["weights"], spec
     )
-    science("head loss vs float64 (relative)", abs(loss - want) / want, 1e-5)
+    check("head loss vs float64 (relative)", abs(loss - want) / want, 1e-5)
     for term in ("ce", "kd"):
-        science("head per-token values vs float64", np.abs(values[term][mask] - want_values[term][mask]).max(), 2e-5)
+        check("head per-token values vs float64", np.abs(values[term][mask] - want_values[term][mask]).max(), 2e-5)
         assert np.all(np.asarray(values[term])[~mask] == 0)
-    science("head gradient vs float64", np.abs(dh - want_dh).max(), 2e-5)
-    science("head gradient vs float64", np.abs(dhead.weight[:37] - want_dw).max(), 2e-5)
-    science("head gradient vs float64", np.abs(dhead.bias[:37] - want_db).max(), 2e-5)
+    check("head gradient vs float64", np.abs(dh - want_dh).max(), 2e-5)
+    check("head gradient vs float64", np.abs(dhead.weight[:37] - want_dw).max(), 2e-5)
+    check("head gradient vs float64", np.abs(dhead.bias[:37] - want_db).max(), 2e-5)
     assert np.all(np.asarray(dhead.weight)[37:] == 0), "ids above the effective vocabulary get no gradient"
 
 
 @pytest.mark.parametrize("change", [dict(softcap=2.0), dict(logit_scale=0.25), dict(softcap=1.5, logit_scale=3.0)])
-def test_head_function_chain_rule(change, science):
+def test_head_function_chain_rule(change, check):
     p, _ = problem()
     p["student"] = dataclasses.replace(p["student"], **change)
     spec = Loss(37, "fkl", chunk=16)
@@ -108,9 +108,9 @@ def test_head_function_chain_rule(change, science):
     want, _, want_dh, want_dw, _ = oracle(
         p["h_s"], p["student"], p["h_t"], p["teacher"], p["targets"], p["weights"], spec
     )
-    science("head loss vs float64 (relative)", abs(loss - want) / want, 1e-5)
-    science("head gradient vs float64", np.abs(dh - want_dh).max(), 2e-5)
-    science("head gradient vs float64", np.abs(dhead.weight[:37] - want_dw).max(), 2e-5)
+    check("head loss vs float64 (relative)", abs(loss - want) / want, 1e-5)
+    check("head gradient vs float64", np.abs(dh - want_dh).max(), 2e-5)
+    check("head gradient vs float64", np.abs(dhead.weight[:37] - want_dw).max(), 2e-5)
 
 
 def test_softcap_golden():
@@ -167,7 +167,7 @@ def test_t_squared_multiplies_exactly():
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)])
-def test_sharded_equals_one_device(shape, science):
+def test_sharded_equals_one_device(shape, check):
     p, mask = problem(n=48, vocab=40, pad_s=0, pad_t=0)
     spec = Loss(40, "fkl", 2.0, 2.0, chunk=4)
     want = value_and_grads(p, spec)
@@ -188,9 +188,9 @@ def test_sharded_equals_one_device(shape, science):
         got_stats = jax.jit(stats)(placed["h_s"], placed["student"])
     for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got)):
         a, b = np.asarray(a), np.asarray(b)
-        science("head on 8 devices vs 1 (relative)", np.abs(a - b).max() / np.abs(a).max(), 1e-6)
+        check("head on 8 devices vs 1 (relative)", np.abs(a - b).max() / np.abs(a).max(), 1e-6)
     for k in want_stats:
-        science("scoring statistics on 8 devices vs 1", np.abs(want_stats[k] - got_stats[k]).max(), 5e-6)
+        check("scoring statistics on 8 devices vs 1", np.abs(want_stats[k] - got_stats[k]).max(), 5e-6)
 
 
 def test_no_buffer_of_all_logits():
@@ -235,7 +235,7 @@ def test_default_chunk():
 # ------------------------------------------------------------------------------------------------------ statistics
 
 
-def test_worked_example(science):
+def test_worked_example(check):
     """attacks.md 11: five ids, six targets."""
     t, v = np.arange(6)[:, None], np.arange(5)[None]
     z = ((4 * t + 7 * v + 3 * t * v) % 17) / 4
@@ -253,11 +253,11 @@ def test_worked_example(science):
     y = jnp.array([2, 1, 4, 1, 0, 2], jnp.int32)
     got = head_stats(jnp.float32(z), Head(jnp.eye(5)), y, jnp.ones(6, bool), Stats(5, chunk=4))
     for name, values in want.items():
-        science("scoring statistics, worked example", np.abs(np.asarray(got[name]) - values).max(), 1.1e-6)
+        check("scoring statistics, worked example", np.abs(np.asarray(got[name]) - values).max(), 1.1e-6)
 
 
 @pytest.mark.parametrize("vocab", [17, 50257])
-def test_statistics_against_float64(vocab, science):
+def test_statistics_against_float64(vocab, check):
     """Random, peaked (one logit 30), uniform rows and a target that rounds to probability 1; padded ids at +99."""
     rng = np.random.default_rng(1)
     z = rng.standard_normal((6, vocab)) * 3
@@ -292,7 +292,7 @@ def test_statistics_against_float64(vocab, science):
     got = head_stats(hidden, head, jnp.asarray(y, jnp.int32), jnp.ones(6, bool), Stats(vocab, (0.7, 1.0), (4,), (0.9,)))
     for name, values in want.items():
         tolerance = 1e-5
-        science(
+        check(
             f"scoring statistics vs float64: {name.split('_t')[0]}",
             np.abs(np.asarray(got[name]) - values).max(),
             tolerance,
@@ -309,10 +309,10 @@ def test_ties_are_counted_and_the_lowest_id_wins():
     assert got["top2_gap"].tolist() == [0.0, 0.0]
 
 
-def test_score_equals_the_training_loss_on_the_same_token(science):
+def test_score_equals_the_training_loss_on_the_same_token(check):
     p, mask = problem()
     _, values = head_loss(
         p["h_s"], p["student"], p["h_t"], p["teacher"], p["targets"], p["weights"], Loss(37, "fkl", chunk=8)
     )
     got = head_stats(p["h_s"], p["student"], p["targets"], jnp.asarray(mask), Stats(37, chunk=8))
-    science("score vs training loss, same token", np.abs(got["logp"] + values["ce"]).max(), 1e-6)
+    check("score vs training loss, same token", np.abs(got["logp"] + values["ce"]).max(), 1e-6)

@@ -61,8 +61,8 @@ def copy(tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_import_agrees_with_stored_logits(case, science):
-    science(f"logits of transformers, {case}", deviation(load_pretrained(FIXTURES / case), case), TOLERANCE)
+def test_import_agrees_with_stored_logits(case, check):
+    check(f"logits of transformers, {case}", deviation(load_pretrained(FIXTURES / case), case), TOLERANCE)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -80,7 +80,7 @@ def test_export_writes_the_tensors_that_transformers_wrote(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_parity_with_pytorch_both_ways(case, tmp_path, science):
+def test_parity_with_pytorch_both_ways(case, tmp_path, check):
     torch = pytest.importorskip("torch", reason="PyTorch is not here; the stored float64 logits are tested instead")
     transformers = pytest.importorskip("transformers")
     tokens = np.random.default_rng(7).integers(0, 40, (3, 16))
@@ -89,14 +89,14 @@ def test_parity_with_pytorch_both_ways(case, tmp_path, science):
     ours = load_pretrained(tmp_path / "theirs")
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
-    science(f"logits of PyTorch, import, {case}", np.abs(logits(ours, tokens) - expected).max(), TOLERANCE)
+    check(f"logits of PyTorch, import, {case}", np.abs(logits(ours, tokens) - expected).max(), TOLERANCE)
     save_pretrained(ours, tmp_path / "ours", family=family_of(case), shard_bytes=12_000)
     assert (tmp_path / "ours" / "model.safetensors.index.json").exists()
     back, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values()), report
     with torch.no_grad():
         found = back(torch.tensor(tokens)).logits.numpy()
-    science(f"logits of PyTorch, export, {case}", np.abs(found - expected).max(), TOLERANCE)
+    check(f"logits of PyTorch, export, {case}", np.abs(found - expected).max(), TOLERANCE)
 
 
 # The settings of published folders, as transformers 4 wrote them: equal to what the model cards say.
@@ -159,14 +159,14 @@ def test_published_configs_of_transformers_4(name):
         ("llama_grouped", {"rope_theta": 500000.0, "rope_scaling": None}),
     ],
 )
-def test_old_and_new_spelling_mean_the_same(case, old, copy, science):
+def test_old_and_new_spelling_mean_the_same(case, old, copy, check):
     folder = copy(case)
     config = json.loads((folder / "config.json").read_text())
     new = config_from_hf(config)
     del config["rope_parameters"], config["dtype"]
     (folder / "config.json").write_text(json.dumps(config | old | {"torch_dtype": "bfloat16"}))
     assert config_from_hf(json.loads((folder / "config.json").read_text())) == new
-    science(f"logits of transformers, {case}", deviation(load_pretrained(folder), case), TOLERANCE)
+    check(f"logits of transformers, {case}", deviation(load_pretrained(folder), case), TOLERANCE)
     assert load_pretrained(folder, dtype=None).embed.weight.dtype == jnp.bfloat16
 
 
@@ -230,10 +230,10 @@ def test_fused_tensors_are_checked_too(copy):
 
 
 @pytest.mark.parametrize("case, prefix", [("gpt2", "transformer."), ("opt", "model."), ("llama", "model.")])
-def test_files_without_the_usual_prefix(case, prefix, copy, science):
+def test_files_without_the_usual_prefix(case, prefix, copy, check):
     names = safetensors.numpy.load_file(FIXTURES / case / "model.safetensors")
     folder = copy(case, rename={name: name.removeprefix(prefix) for name in names})
-    science(f"logits of transformers, {case}", deviation(load_pretrained(folder), case), TOLERANCE)
+    check(f"logits of transformers, {case}", deviation(load_pretrained(folder), case), TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -244,18 +244,18 @@ def test_files_without_the_usual_prefix(case, prefix, copy, science):
         ("gpt_neox", ["gpt_neox.layers.0.attention.bias", "gpt_neox.layers.1.attention.rotary_emb.inv_freq"]),
     ],
 )
-def test_buffers_of_old_versions_are_ignored(case, buffers, copy, science):
+def test_buffers_of_old_versions_are_ignored(case, buffers, copy, check):
     folder = copy(case, tensors={name: np.ones((1, 4), np.uint8) for name in buffers})
-    science(f"logits of transformers, {case}", deviation(load_pretrained(folder), case), TOLERANCE)
+    check(f"logits of transformers, {case}", deviation(load_pretrained(folder), case), TOLERANCE)
 
 
 @pytest.mark.parametrize("keep_embedding", [True, False])
-def test_a_tied_head_may_be_stored_again_or_instead(keep_embedding, copy, science):
+def test_a_tied_head_may_be_stored_again_or_instead(keep_embedding, copy, check):
     embedding = "model.decoder.embed_tokens.weight"
     weight = safetensors.numpy.load_file(FIXTURES / "opt" / "model.safetensors")[embedding]
     changes = {"lm_head.weight": weight, embedding: weight if keep_embedding else None}
     model = load_pretrained(copy("opt", tensors=changes))
-    science("logits of transformers, opt", deviation(model, "opt"), TOLERANCE)
+    check("logits of transformers, opt", deviation(model, "opt"), TOLERANCE)
 
 
 def test_pickles_are_refused_with_advice(copy):
@@ -282,12 +282,12 @@ def test_broken_files_are_named(copy):
         load_pretrained(folder)
 
 
-def test_shards_must_be_there_and_name_each_tensor_once(tmp_path, science):
+def test_shards_must_be_there_and_name_each_tensor_once(tmp_path, check):
     model = load_pretrained(FIXTURES / "llama")
     save_pretrained(model, tmp_path / "out", family="llama", shard_bytes=10_000)
     shards = sorted((tmp_path / "out").glob("model-*-of-*.safetensors"))
     assert len(shards) > 2 and shards[-1].name == f"model-{len(shards):05d}-of-{len(shards):05d}.safetensors"
-    science("logits of transformers, llama", deviation(load_pretrained(tmp_path / "out"), "llama"), TOLERANCE)
+    check("logits of transformers, llama", deviation(load_pretrained(tmp_path / "out"), "llama"), TOLERANCE)
     again = safetensors.numpy.load_file(shards[1]) | safetensors.numpy.load_file(shards[0])
     safetensors.numpy.save_file(again, shards[1])
     with pytest.raises(CheckpointError, match="is in this checkpoint twice"):
@@ -375,7 +375,7 @@ def test_hub_errors_say_what_to_do(kind, message, monkeypatch):
         load_pretrained("firm/model")
 
 
-def test_hub_ids_take_a_revision_and_never_download_pickles(monkeypatch, copy, science):
+def test_hub_ids_take_a_revision_and_never_download_pickles(monkeypatch, copy, check):
     folder = copy("opt")
     asked = {}
 
@@ -385,7 +385,7 @@ def test_hub_ids_take_a_revision_and_never_download_pickles(monkeypatch, copy, s
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     model = load_pretrained("facebook/opt-125m", revision="refs/pr/9")
-    science("logits of transformers, opt", deviation(model, "opt"), TOLERANCE)
+    check("logits of transformers, opt", deviation(model, "opt"), TOLERANCE)
     assert (asked["repo_id"], asked["revision"]) == ("facebook/opt-125m", "refs/pr/9")
     assert all(pattern.endswith(("json", "safetensors")) for pattern in asked["patterns"])
     (folder / "model.safetensors").unlink()

@@ -12,6 +12,7 @@ import attacks.report
 from configs import gpt2_kd, llama2_kd, opt_kd
 from kd_jax import experiment, hf, sharding
 from kd_jax.data import synthetic, tokenizer
+from kd_jax.study import open_study
 from kd_jax.transformer import Transformer
 
 GPT2 = dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=2, n_positions=512)
@@ -67,7 +68,7 @@ def test_a_paper_config_runs_to_its_report(case, records, tmp_path):
     config.probe.examples, config.attack.bootstrap = 20, 50
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        study = experiment.open_study(config, tmp_path / "work", mesh)
+        study = open_study(config, tmp_path / "work", mesh)
         assert study.vocab < hf.read_config(config.models.teacher.path).vocab_size, "padding rows are cut off"
         experiment.train_runs(study)
         experiment.score_runs(study)

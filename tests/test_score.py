@@ -85,7 +85,7 @@ def deviation(a, b) -> float:
     return max(float(np.abs(a[n] - b[n]).max()) for n in real)
 
 
-def test_every_scored_token_by_a_plain_forward_pass(science):
+def test_every_scored_token_by_a_plain_forward_pass(check):
     """Each record alone, unpacked, unpadded, logits in float64."""
     counts, fields = run()
     e, ends = encoded(), np.cumsum(counts)
@@ -100,7 +100,7 @@ def test_every_scored_token_by_a_plain_forward_pass(science):
         assert counts[i] == len(scored) == len(tokens) - (e.segment[e.offsets[i] : e.offsets[i + 1]] == 0).sum()
         mine = slice(ends[i] - counts[i], ends[i])
         np.testing.assert_array_equal(fields["target_id"][mine], tokens[scored])
-        science(
+        check(
             "score vs a record alone in float64",
             np.abs(fields["logp"][mine] - logp[scored - 1, tokens[scored]]).max(),
             1e-5,
@@ -111,25 +111,25 @@ def test_every_scored_token_by_a_plain_forward_pass(science):
 
 
 @pytest.mark.parametrize("change", [dict(batch_rows=1), dict(batch_rows=16), dict(row_length=200), dict(chunk=512)])
-def test_batch_size_and_padding_change_nothing(change, science):
+def test_batch_size_and_padding_change_nothing(change, check):
     (counts, want), (got_counts, got) = run(), run(dataclasses.replace(SPEC, **change))
     np.testing.assert_array_equal(counts, got_counts)
-    science("score vs batch size and padding", deviation(want, got), 1e-5)
+    check("score vs batch size and padding", deviation(want, got), 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
-def test_device_count_changes_nothing(shape, science):
+def test_device_count_changes_nothing(shape, check):
     (_, want), (_, got) = run(), run(mesh=sharding.make_mesh(*shape))
-    science("score on 8 devices vs 1", deviation(want, got), 1e-5)
+    check("score on 8 devices vs 1", deviation(want, got), 1e-5)
 
 
-def test_batch_mates_and_order_change_nothing(science):
+def test_batch_mates_and_order_change_nothing(check):
     (counts, want), some = run(), np.array([31, 2, 17])
     got_counts, got = run(indices=some)
     np.testing.assert_array_equal(got_counts, counts[some])
     ends = np.cumsum(counts)
     same = {k: np.concatenate([v[ends[i] - counts[i] : ends[i]] for i in some]) for k, v in want.items()}
-    science("score vs batch-mates", deviation(same, got), 1e-5)
+    check("score vs batch-mates", deviation(same, got), 1e-5)
 
 
 def test_first_divergence():

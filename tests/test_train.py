@@ -71,25 +71,25 @@ def worst(a: dict, b: dict) -> float:
 
 
 @pytest.mark.parametrize("accumulation", [2, 4, 8])
-def test_micro_batch_split_changes_nothing(accumulation, science):
+def test_micro_batch_split_changes_nothing(accumulation, check):
     """Token counts differ between micro-batches; the denominator is the step's."""
     data = batch()
     want, want_model = reference()
     got, got_model = one_step(dataclasses.replace(RECIPE, accumulation=accumulation), data)
     assert got["tokens"] == want["tokens"] == data["loss_mask"].sum()
-    science("loss vs micro-batch split", abs(got["loss"] - want["loss"]), 1e-6)
-    science("gradient norm vs micro-batch split", abs(got["gradient_norm"] - want["gradient_norm"]), 1e-5)
-    science("parameters after a step vs micro-batch split", worst(want_model, got_model), 1e-4)
+    check("loss vs micro-batch split", abs(got["loss"] - want["loss"]), 1e-6)
+    check("gradient norm vs micro-batch split", abs(got["gradient_norm"] - want["gradient_norm"]), 1e-5)
+    check("parameters after a step vs micro-batch split", worst(want_model, got_model), 1e-4)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
-def test_mesh_changes_nothing(shape, science):
+def test_mesh_changes_nothing(shape, check):
     data = batch()
     want, want_model = reference()
     got, got_model = one_step(RECIPE, data, sharding.make_mesh(*shape))
-    science("loss on 8 devices vs 1", abs(got["loss"] - want["loss"]), 1e-6)
-    science("gradient norm on 8 devices vs 1", abs(got["gradient_norm"] - want["gradient_norm"]), 1e-5)
-    science("parameters after a step on 8 devices vs 1", worst(want_model, got_model), 1e-4)
+    check("loss on 8 devices vs 1", abs(got["loss"] - want["loss"]), 1e-6)
+    check("gradient norm on 8 devices vs 1", abs(got["gradient_norm"] - want["gradient_norm"]), 1e-5)
+    check("parameters after a step on 8 devices vs 1", worst(want_model, got_model), 1e-4)
 
 
 def test_what_is_masked_out_changes_nothing():
@@ -109,15 +109,15 @@ def test_an_all_masked_batch_is_finite_and_has_no_loss():
     assert all(np.isfinite(x).all() for x in model.values())
 
 
-def test_row_order_changes_nothing(science):
+def test_row_order_changes_nothing(check):
     data = batch()
     order = np.random.default_rng(3).permutation(8)
     want, _ = reference()
     got, _ = one_step(RECIPE, {k: v[order] for k, v in data.items()})
-    science("loss vs row order", abs(got["loss"] - want["loss"]), 1e-6)
+    check("loss vs row order", abs(got["loss"] - want["loss"]), 1e-6)
 
 
-def test_the_loss_is_its_formula(science):
+def test_the_loss_is_its_formula(check):
     """kd_ratio T^2 KL + (1 - kd_ratio) CE over response tokens, from float64 logits of both models."""
     data = batch()
     got, _ = reference()
@@ -136,9 +136,9 @@ def test_the_loss_is_its_formula(science):
     ce = -np.take_along_axis(log_softmax(logits[0]), data["targets"][..., None], -1)[..., 0][mask].mean()
     logq, logp = log_softmax(logits[0] / 2), log_softmax(logits[1] / 2)
     kd = (np.exp(logp) * (logp - logq)).sum(-1)[mask].mean()
-    science("training loss vs its formula in float64", abs(got["loss"] - (0.5 * ce + 0.5 * 4 * kd)), 1e-5)
-    science("training loss vs its formula in float64", abs(got["ce"] - ce), 1e-5)
-    science("training loss vs its formula in float64", abs(got["kd"] - kd), 1e-5)
+    check("training loss vs its formula in float64", abs(got["loss"] - (0.5 * ce + 0.5 * 4 * kd)), 1e-5)
+    check("training loss vs its formula in float64", abs(got["ce"] - ce), 1e-5)
+    check("training loss vs its formula in float64", abs(got["kd"] - kd), 1e-5)
 
 
 def test_bfloat16_compute_stays_near_float32_and_keeps_float32_masters():
@@ -148,7 +148,7 @@ def test_bfloat16_compute_stays_near_float32_and_keeps_float32_masters():
     assert {x.dtype for x in model.values()} == {np.dtype("float32")}
 
 
-def test_a_step_teaches(science):
+def test_a_step_teaches(check):
     """Distilling from a teacher on fixed tokens moves the divergence towards 0."""
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     recipe = dataclasses.replace(RECIPE, kd_ratio=1.0)

@@ -1,0 +1,160 @@
+"""A study: a config bound to a work directory and a mesh, checked, with its data prepared and its models at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from kd_jax import checkpoint, graph, hf, manifest, prepare, sharding, train
+from kd_jax import score as scoring
+from kd_jax.data import tokenizer
+from kd_jax.errors import ConfigError
+from kd_jax.graph import Run
+from kd_jax.transformer import ModelConfig, Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A config bound to a work directory and a mesh, with its data prepared and its graph of runs checked."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh
+    data: prepare.Data
+    runs: dict[str, Run]
+    only: str = ""  # work on this run alone
+
+    @property
+    def vocab(self) -> int:
+        """The effective vocabulary: the tokenizer's own size, whatever padding a model's rows have."""
+        return self.data.tokenizer.vocab_size
+
+    @property
+    def nodes(self) -> list[tuple[Run, int]]:
+        return [(r, s) for r in self.runs.values() if self.only in ("", r.name) for s in r.seeds]
+
+    def folder(self, run: Run, seed: int, kind: str = "runs") -> Path:
+        return self.workdir / kind / run.name / f"seed{seed}"
+
+
+def open_study(config: ConfigDict, workdir: Path, mesh: Mesh, only: str = "") -> Study:
+    """Check the graph, recipes and models of a config, then prepare its data. Errors come before any training."""
+    runs = {r.name: r for r in graph.parse(config.runs.to_dict(), set(config.models), set(config.recipes))}
+    if only and only not in runs:
+        raise ConfigError(f"--only={only}: no such run; runs: {sorted(runs)}")
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    for run in runs.values():
+        if run.recipe and (rows := recipe_of(config, run).micro_batch_rows) % shards:
+            raise ConfigError(
+                f"recipes.{run.recipe}: {rows} rows of a micro-batch do not divide over {shards} devices "
+                "(mesh.data x mesh.fsdp); change batch_rows, accumulation or mesh.tensor"
+            )
+    if config.attack.headline not in runs:
+        raise ConfigError(f"attack.headline is {config.attack.headline!r}, which is not a run; runs: {sorted(runs)}")
+    study = Study(config, workdir, mesh, prepare.prepare(config, workdir), runs, only)
+    scoring_spec(study)
+    for name in config.models:
+        _check_model(study, name)
+    return study
+
+
+def recipe_of(config: ConfigDict, run: Run) -> train.Recipe:
+    return train.Recipe(**config.recipes[run.recipe].to_dict())
+
+
+def scoring_spec(study: Study) -> scoring.Scoring:
+    s = study.config.score
+    grid = {"temperatures": tuple(s.temperatures), "top_k": tuple(s.top_k), "top_p": tuple(s.top_p)}
+    return scoring.Scoring(
+        study.vocab,
+        row_length=study.config.data.row_length or study.config.data.max_length,
+        batch_rows=s.batch_rows,
+        precision=s.precision,
+        **grid,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- models
+
+
+def model_config(study: Study, name: str) -> ModelConfig:
+    model = study.config.models[name]
+    if model.path:
+        return hf.read_config(model.path, revision=model.revision or None)
+    sizes = model.scratch.to_dict() | {
+        "vocab_size": study.vocab,
+        "max_position_embeddings": study.config.data.max_length,
+    }
+    if "n_embd" in sizes:  # GPT-2's own name for the same key
+        sizes["n_positions"] = sizes.pop("max_position_embeddings")
+    return hf.config_from_hf(sizes)
+
+
+def _check_model(study: Study, name: str) -> None:
+    cfg, data = model_config(study, name), study.config.data
+    if cfg.vocab_size < study.vocab:
+        raise ConfigError(f"models.{name} has {cfg.vocab_size} vocabulary rows, the tokenizer {study.vocab} tokens")
+    if cfg.positions == "learned" and cfg.max_positions < data.max_length:
+        raise ConfigError(f"models.{name} has {cfg.max_positions} positions, data.max_length is {data.max_length}")
+    path = study.config.models[name].path
+    if path and study.config.tokenizer.path != path:
+        revision = study.config.models[name].revision
+        tokenizer.same(study.data.tokenizer, tokenizer.load({"path": path, "revision": revision}))
+
+
+def base_model(study: Study, run: Run, seed: int) -> Transformer:
+    """A base: loaded tensor by tensor onto the mesh, or drawn from (config.seed, model, seed)."""
+    model = study.config.models[run.model]
+    if model.path:
+        place = lambda name, x: jax.device_put(
+            x, jax.NamedSharding(study.mesh, sharding.spec_for(name, x.shape, study.mesh))
+        )
+        return hf.load_pretrained(model.path, revision=model.revision or None, place=place)
+    make = functools.partial(Transformer, model_config(study, run.model))
+    shardings = sharding.shardings(jax.eval_shape(make, jax.random.key(0)), study.mesh)
+    return jax.jit(make, out_shardings=shardings)(key(study, f"init {run.model}", seed))
+
+
+def key(study: Study, purpose: str, seed: int) -> jax.Array:
+    word = hashlib.sha256(f"{study.config.seed} {purpose} {seed}".encode()).digest()
+    return jax.random.key(int.from_bytes(word[:4], "little"))
+
+
+def load_run(study: Study, name: str, seed: int) -> Transformer:
+    """The final parameters of a run. Raises FileNotFoundError naming the run if it is not trained yet."""
+    run = study.runs[name]
+    if not run.train_roles:
+        return base_model(study, run, seed)
+    folder = study.folder(run, seed)
+    if manifest.read(folder) is None:
+        raise FileNotFoundError(f"run {name} seed {seed} is not trained yet: no manifest in {folder}")
+    abstract = jax.eval_shape(functools.partial(Transformer, model_config(study, run.model)), jax.random.key(0))
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract,
+        sharding.shardings(abstract, study.mesh),
+    )
+    return checkpoint.load_params(folder / "params", placed)
+
+
+@functools.lru_cache(maxsize=1)
+def code_version() -> str:
+    """First 12 hex of a sha256 over the source files of both packages."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent.parent
+    for path in sorted([*root.glob("kd_jax/**/*.py"), *root.glob("attacks/**/*.[ph][yt]*")]):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    from importlib.metadata import version
+
+    return {p: version(p) for p in ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")}

@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import logging
-import shutil
 from pathlib import Path
 
 import jax
@@ -73,8 +72,7 @@ def _train(study: Study, run: Run, seed: int) -> None:
         code_version=code_version(),
         versions=versions(),
     )
-    manifest.write(folder, inputs, facts)
-    shutil.rmtree(folder / "begun", ignore_errors=True)
+    manifest.end(folder, inputs, facts)
     last = task.evaluate(model)
     n = min(study.config.probe.examples, *(sum(study.data.splits.role == r) for r in ("private", "heldout")))
     auc = last["probe/loss_attack_auc"]
@@ -184,7 +182,10 @@ def score_runs(study: Study) -> None:
 def _score(study: Study, run: Run, seed: int, roles: dict[str, Encoded]) -> None:
     folder = study.folder(run, seed, "scores") / "plain"
     trained = manifest.read(study.folder(run, seed)) if run.train_roles else None
-    source = trained["facts"]["params_fingerprint"] if trained else study.config.models[run.model].to_dict()
+    base = study.config.models[run.model]
+    source = (
+        trained["facts"]["params_fingerprint"] if trained else base.to_dict() | {"files": manifest.stamp(base.path)}
+    )
     spec = scoring_spec(study)
     inputs = dict(
         model=source,
@@ -198,15 +199,14 @@ def _score(study: Study, run: Run, seed: int, roles: dict[str, Encoded]) -> None
         return
     model = load_run(study, run.name, seed)
     facts = dict(params_fingerprint=checkpoint.fingerprint(model), code_version=code_version())
-    metadata = _metadata(study, run, seed, model, trained, spec)
+    metadata = _metadata(study, run, seed, model, facts, trained, spec)
     with progress(sum(map(len, roles.values())), f"score {run.name} seed{seed}", unit="example") as bar:
         for role, encoded in roles.items():
             scoring.score_role(model, encoded, role, folder, spec, study.mesh, metadata, bar)
-    manifest.write(folder, inputs, facts)
-    shutil.rmtree(folder / "begun", ignore_errors=True)
+    manifest.end(folder, inputs, facts)
 
 
-def _metadata(study: Study, run: Run, seed: int, model: Transformer, trained: dict | None, spec) -> dict[str, str]:
+def _metadata(study: Study, run: Run, seed: int, model: Transformer, facts: dict, trained: dict | None, spec):
     """Parquet metadata: what the table is, so that no program parses paths."""
     provenance = dict(
         technique=run.technique,
@@ -217,13 +217,12 @@ def _metadata(study: Study, run: Run, seed: int, model: Transformer, trained: di
         recipe=run.recipe or None,
         swap_of=run.swap_of or None,
         n_params=sum(int(x.size) for x in jax.tree.leaves(model)),
-        params_fingerprint=checkpoint.fingerprint(model),
         tokenizer_fingerprint=study.data.tokenizer.fingerprint,
         splits_fingerprint=prepare.splits_fingerprint(study.data.splits),
         dtype="float32",
         matmul_precision=spec.precision,
         bos=study.config.data.bos,
-        code_version=code_version(),
+        **facts,
     )
     step = trained["facts"]["step"] if trained else 0
     known = dict(run=run.name, seed=seed, split_seed=study.config.seed, step=step, variant="plain")

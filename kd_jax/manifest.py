@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 
@@ -68,14 +69,21 @@ def finished(folder: Path, inputs: dict, what: str) -> bool:
 
 def begin(folder: Path, inputs: dict, what: str) -> bool:
     """Like `finished`; work that was only begun is checked against its `begun` note, so that a resume is safe."""
-    if finished(folder, inputs, what):
-        return True
     started = folder / "begun"
+    if finished(folder, inputs, what):
+        shutil.rmtree(started, ignore_errors=True)  # left where a start died between the two steps of `end`
+        return True
     if read(started) is not None:
         finished(started, inputs, f"unfinished {what}")
     else:
         write(started, inputs, {})
     return False
+
+
+def end(folder: Path, inputs: dict, facts: dict) -> None:
+    """Write the manifest of work that `begin` began, and drop its `begun` note."""
+    write(folder, inputs, facts)
+    shutil.rmtree(folder / "begun", ignore_errors=True)
 
 
 def stamp(path: str) -> str:

@@ -60,6 +60,15 @@ def test_finished_work_is_skipped_and_other_inputs_are_refused(tmp_path):
         manifest.begin(tmp_path, {**inputs, "data": "xyz"}, "run x")
 
 
+def test_work_that_died_while_ending_is_finished(tmp_path):
+    manifest.begin(tmp_path, {"a": 1}, "scores")
+    manifest.write(tmp_path, {"a": 1}, {})  # and killed before the note was dropped
+    assert manifest.begin(tmp_path, {"a": 1}, "scores") and not (tmp_path / "begun").exists()
+    manifest.begin(other := tmp_path / "other", {"a": 1}, "scores")
+    manifest.end(other, {"a": 1}, {})
+    assert not (other / "begun").exists() and manifest.finished(other, {"a": 1}, "scores")
+
+
 def test_half_a_manifest_is_named(tmp_path):
     (tmp_path / "manifest.json").write_text('{"inputs": {')
     with pytest.raises(manifest.StaleWork, match="not readable JSON.*delete"):

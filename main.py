@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 import attacks.audit
 import attacks.report
 from attacks.tables import TableError
-from kd_jax import experiment, sharding
+from kd_jax import experiment, runs, sharding
 from kd_jax.data.records import DataError
 from kd_jax.errors import ConfigError
 from kd_jax.hf import CheckpointError
@@ -27,7 +27,7 @@ from kd_jax.manifest import StaleWork
 from kd_jax.study import Study, open_study
 
 STAGES: dict[str, Callable[[Study], object]] = {
-    "train": experiment.train_runs,
+    "train": runs.train_runs,
     "score": experiment.score_runs,
     "attack": lambda s: attacks.audit.audit(s.workdir / "scores", s.workdir / "report", experiment.audit_settings(s)),
     "report": lambda s: attacks.report.build(s.workdir / "report", show_canaries=s.config.report.show_canaries),

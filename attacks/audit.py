@@ -1,6 +1,6 @@
 """From score tables to result tables: runs the attacks, the gates and the comparisons, and writes the files.
 
-membership.csv  differences.csv  gates.csv  utility.csv  roc.parquet  summary.json
+membership.csv  differences.csv  gates.csv  utility.csv  roc.parquet  ledger.parquet  summary.json
 """
 
 import json
@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from attacks.gates import count_rows, null_rows, run_blind, utility_gate, utility_rows
+from attacks.differences import difference_rows
+from attacks.gates import count_rows, null_rows, run_blind
+from attacks.ledger import ledger_facts, read_ledgers
 from attacks.membership import ATTACKS, expand, parse
-from attacks.rows import difference_rows, membership_rows, roc_points
+from attacks.rows import membership_rows, roc_points
 from attacks.study import CANARIES, PAIRS, Study, load_study
 from attacks.summary import summarize
 from attacks.tables import TableError, read_scores
+from attacks.utility import utility_gate, utility_rows
 
 DEFAULTS = {
     "title": "",
@@ -60,15 +63,22 @@ def audit(scores_dir: str | Path, out_dir: str | Path, settings: dict) -> dict:
         *utility_gate(study),
         *count_rows(study),
     ]
+    ledger = read_ledgers(study)
     summary = summarize(study, scores_dir, membership, differences, gates, blind)
+    summary["ledger"] = ledger_facts(ledger)
+    utility = utility_rows(study)
 
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    tables = {"membership": membership, "differences": differences, "gates": gates, "utility": utility_rows(study)}
+    tables = {"membership": membership, "differences": differences, "gates": gates, "utility": utility}
     for name, rows in tables.items():
         # dtype object: counts and seeds stay integers beside empty cells.
         pd.DataFrame(rows, columns=COLUMNS[name].split(), dtype=object).to_csv(out / f"{name}.csv", index=False)
     roc_points(study).to_parquet(out / "roc.parquet", compression="zstd", index=False)
+    if ledger is None:
+        (out / "ledger.parquet").unlink(missing_ok=True)  # of an earlier audit
+    else:
+        ledger.to_parquet(out / "ledger.parquet", compression="zstd", index=False)
     summary = _plain(summary)
     (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False), encoding="utf-8")
     return summary

@@ -1,4 +1,4 @@
-"""Rows of membership.csv, differences.csv and roc.parquet.
+"""Rows of membership.csv and roc.parquet, and the estimates over seeds and examples that all tables share.
 
 A row whose value cannot be computed has `value` None and the `reason`; `audit` moves the reason into summary.json.
 """
@@ -14,15 +14,13 @@ from attacks.statistics import (
     Influence,
     Interval,
     SeedMean,
-    auc_influence,
+    Spread,
     balanced_accuracy,
     difference,
-    holm,
     interval,
     logit_interval,
     over_seeds,
     percentile_interval,
-    resampled_tpr,
     roc,
     tpr_at_fpr,
 )
@@ -42,15 +40,15 @@ def influence(sample: Sample, statistic: Callable[[Pair], Influence]) -> Influen
 
 
 def auc_of(sample: Sample) -> Influence:
-    return influence(sample, lambda pair: auc_influence(pair.members, pair.nonmembers))
+    return influence(sample, lambda pair: pair.auc)
 
 
-def _seed_mean(influences: list[Influence], samples: list[Sample]) -> SeedMean:
+def _seed_mean(influences: list[Influence], samples: list[Sample], pooled: Spread | None = None) -> SeedMean:
     if all(same_examples(samples[0], sample) for sample in samples):
         within = Influence.mean(influences).variance()
     else:  # every seed has a split of its own
         within = sum(each.variance() for each in influences) / len(influences) ** 2
-    return over_seeds([each.value for each in influences], within)
+    return over_seeds([each.value for each in influences], within, pooled)
 
 
 def estimate(influences: list[Influence], samples: list[Sample]) -> Interval:
@@ -58,15 +56,21 @@ def estimate(influences: list[Influence], samples: list[Sample]) -> Interval:
     if len(samples) == 1:
         return interval(influences[0])
     mean = _seed_mean(influences, samples)
-    return logit_interval(mean.value, mean.se, *_sizes(samples), df=mean.df)
+    return logit_interval(mean.value, mean.se, *sizes(samples), df=mean.df)
 
 
-def compare(a: list[Influence], b: list[Influence], samples: list[Sample], extra_variance: float = 0.0) -> Difference:
-    """a - b, seed by seed on the same examples; both lists in the order of `samples`."""
+def compare(
+    a: list[Influence],
+    b: list[Influence],
+    samples: list[Sample],
+    extra_variance: float = 0.0,
+    pooled: Spread | None = None,
+) -> Difference:
+    """a - b, seed by seed on the same examples; both lists in the order of `samples`; pooled: see `over_seeds`."""
     gaps = [x.minus(y) for x, y in zip(a, b, strict=True)]
     if len(samples) == 1:
         return difference(gaps[0].value, float(np.sqrt(gaps[0].variance() + extra_variance)))
-    mean = _seed_mean(gaps, samples)
+    mean = _seed_mean(gaps, samples, pooled)
     return difference(mean.value, float(np.sqrt(mean.se**2 + extra_variance)), df=mean.df)
 
 
@@ -77,9 +81,9 @@ def same_examples(a: Sample, b: Sample) -> bool:
 
 def _rates(study: Study, samples: list[Sample]) -> list[Interval | str]:
     """TPR at each of FPRS, or the reason why there is none."""
-    draws = np.stack([np.mean([_drawn_rates(study, p) for p in sample], axis=0) for sample in samples], axis=1)
+    draws = np.stack([np.mean([study.rates(p, FPRS) for p in sample], axis=0) for sample in samples], axis=1)
     fewest = min(len(pair.nonmembers) for sample in samples for pair in sample)
-    m, n = _sizes(samples)
+    m, n = sizes(samples)
     rates: list[Interval | str] = []
     for column, fpr in enumerate(FPRS):
         each = [[tpr_at_fpr(p.members, p.nonmembers, fpr) for p in sample] for sample in samples]
@@ -96,12 +100,8 @@ def _rates(study: Study, samples: list[Sample]) -> list[Interval | str]:
     return rates
 
 
-def _drawn_rates(study: Study, pair: Pair) -> np.ndarray:
-    counts = [study.resampler.counts(ids) for ids in (pair.member_ids, pair.nonmember_ids)]
-    return resampled_tpr(pair.members, pair.nonmembers, *counts, FPRS)
-
-
-def _sizes(samples: list[Sample]) -> tuple[int, int]:
+def sizes(samples: list[Sample]) -> tuple[int, int]:
+    """Members and non-members of the first sample."""
     pair = samples[0][0]
     return len(pair.members), len(pair.nonmembers)
 
@@ -179,12 +179,12 @@ def _task_row(study: Study, at: dict, block: list[Sample]) -> dict:
 
 
 def _row(at: dict, found: Interval | str, block: list[Sample]) -> dict:
-    sizes = dict(zip(("n_members", "n_nonmembers"), _sizes(block), strict=True))
+    counts = dict(zip(("n_members", "n_nonmembers"), sizes(block), strict=True))
     if isinstance(found, str):
-        return at | sizes | {"reason": found}
+        return at | counts | {"reason": found}
     return (
         at
-        | sizes
+        | counts
         | {
             "value": found.value,
             "ci_low": found.low,
@@ -192,94 +192,6 @@ def _row(at: dict, found: Interval | str, block: list[Sample]) -> dict:
             "ci_kind": "both" if len(block) > 1 else "examples",
         }
     )
-
-
-# --- differences.csv -------------------------------------------------------------------------------------------------
-
-
-def difference_rows(study: Study) -> list[dict]:
-    """Paired AUC differences: student against null, its swap, its teacher and every other student, Holm-corrected.
-
-    The family of the correction is all comparisons of one role pair, attack name and seed.
-    """
-    rows = []
-    for a, b, role_pair in _comparisons(study):
-        for attack in study.attacks(a):
-            if attack in study.attacks(b):
-                rows += _compared(study, a, b, role_pair, attack)
-    families: dict[tuple, list[dict]] = {}
-    for row in rows:
-        if "reason" not in row:
-            families.setdefault((row["role_pair"], membership.parse(row["attack"])[0], row["seed"]), []).append(row)
-    for family in families.values():
-        for row, p in zip(family, holm([row["p_value"] for row in family]), strict=True):
-            row["p_corrected"] = float(p)
-    return rows
-
-
-def _comparisons(study: Study) -> list[tuple[str, str, str]]:
-    found = []
-    for i, student in enumerate(study.students):
-        others = ["null", study.swap(student), study.provenance(student).get("teacher") or "teacher"]
-        others = [run for run in dict.fromkeys(others) if run in study.runs]
-        found += [(student, b, "private-heldout") for b in (*others, *study.students[i + 1 :])]
-        found += [
-            (student, b, "averaged")
-            for b in (*others, *study.students[i + 1 :])
-            if study.swap(student) and study.swap(b)
-        ]
-    return found
-
-
-def _compared(study: Study, a: str, b: str, role_pair: str, attack: str) -> list[dict]:
-    head = {
-        "model_a": a,
-        "model_b": b,
-        "setting": study.head(a)["setting"],
-        "access": membership.access(attack),
-        "attack": attack,
-        "role_pair": role_pair,
-        "task": "all",
-        "metric": "auc",
-    }
-    blocks: dict[int | str, tuple | str] = {}
-    for seed in study.seeds(a):
-        try:
-            other = study.match(b, seed)
-            if other is None:
-                raise Unresolved(f"{b} has no seed {seed}")
-            both = study.pairs(a, seed, attack, role_pair), study.pairs(b, other, attack, role_pair)
-            if not same_examples(*both):
-                raise Unresolved(f"{a} and {b} were scored on different examples")
-            blocks[seed] = ([both[0]], [both[1]])
-        except Unresolved as why:
-            blocks[seed] = str(why)
-    if len(blocks) > 1:
-        reasons = [block for block in blocks.values() if isinstance(block, str)]
-        blocks["all"] = "; ".join(dict.fromkeys(reasons)) or tuple(
-            [block[side][0] for block in blocks.values()] for side in (0, 1)
-        )
-    rows = []
-    for seed, block in blocks.items():
-        if isinstance(block, str):
-            rows.append(head | {"seed": seed, "reason": block})
-            continue
-        gap = compare(*([auc_of(sample) for sample in side] for side in block), block[0])
-        m, n = _sizes(block[0])
-        rows.append(
-            head
-            | {
-                "seed": seed,
-                "difference": gap.value,
-                "ci_low": gap.low,
-                "ci_high": gap.high,
-                "ci_kind": "both" if len(block[0]) > 1 else "examples",
-                "p_value": gap.p,
-                "n_members": m,
-                "n_nonmembers": n,
-            }
-        )
-    return rows
 
 
 # --- roc.parquet -----------------------------------------------------------------------------------------------------

@@ -241,15 +241,43 @@ class SeedMean(NamedTuple):
     df: float
 
 
-def over_seeds(values: Sequence[float], within: float) -> SeedMean:
+class Spread(NamedTuple):
+    """How much one value differs from seed to seed: its variance, and the degrees of freedom of that estimate."""
+
+    variance: float
+    df: int
+
+
+def gap_spread(values: np.ndarray) -> Spread:
+    """Spread over seeds of the gap between two models, pooled over all K >= 2 models of a table [K, S], S >= 2 seeds.
+
+    Twice the residual of model x seed (what is left after the mean of each model and of each seed), which is the mean
+    over all pairs of the variance of their gaps; K - 1 times as many degrees of freedom as one pair has alone.
+    """
+    rest = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0, keepdims=True) + values.mean()
+    df = (values.shape[0] - 1) * (values.shape[1] - 1)
+    return Spread(float(2 * (rest**2).sum() / df), df)
+
+
+def over_seeds(values: Sequence[float], within: float, pooled: Spread | None = None) -> SeedMean:
     """Mean of the values of S >= 2 seeds; within: the variance of that mean over examples.
 
     Both variances are added, with Satterthwaite's degrees of freedom: S - 1 where the seeds differ most, which is what
     keeps three lucky seeds from looking like a finding (resampling three seeds would be wrong one time in four).
+
+    pooled: for one of many comparisons, the spread over seeds that all of them share.  The greater of it and the own
+    one counts, with its degrees of freedom: of fifteen pairs with three seeds each some have nearly equal gaps by
+    luck, and with their own spread alone equal models are declared different in up to one family in four
+    (tests/test_attacks_ranking.py).
     """
-    between = float(np.var(values, ddof=1)) / len(values)
+    spread = Spread(float(np.var(values, ddof=1)), len(values) - 1)
+    if pooled is not None:
+        spread = Spread(max(spread.variance, pooled.variance), pooled.df)
+    between = spread.variance / len(values)
     total = between + within
-    df = total**2 / between**2 * (len(values) - 1) if between > 1e-12 * total else np.inf
+    df = total**2 / between**2 * spread.df if between > 1e-12 * total else np.inf
+    if pooled is not None and pooled.df == 1:
+        df = 1.0  # two models, two seeds: one gap of two may vanish by luck, so examples lend it no freedom
     return SeedMean(float(np.mean(values)), float(np.sqrt(total)), df)
 
 

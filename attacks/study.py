@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from attacks import membership
-from attacks.statistics import Resampler, best_threshold
+from attacks.statistics import Influence, Resampler, auc_influence, best_threshold, resampled_tpr
 from attacks.tables import SEGMENTS, ScoreTable, TableError, Tokens, read_scores, read_splits
 
 ATTACKED = ("private", "heldout", "calib", "canary")
@@ -31,12 +32,12 @@ class Scores(NamedTuple):
     values: np.ndarray
 
 
-class Losses(NamedTuple):
-    """Summed nats and scored tokens of each example of one role [n]."""
+class Totals(NamedTuple):
+    """A ratio's two sides for each example [n]: nats and scored tokens of one role, ROUGE and one, ..."""
 
     ids: np.ndarray
-    nats: np.ndarray
-    tokens: np.ndarray
+    above: np.ndarray
+    below: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Pair:
     member_task: np.ndarray
     nonmember_task: np.ndarray
     abstained: tuple[int, int]
+
+    @cached_property
+    def auc(self) -> Influence:
+        """AUC with the influence of every example: once, for all tables that ask."""
+        return auc_influence(self.members, self.nonmembers)
 
     def only(self, task: str) -> "Pair":
         """The records of one task. Raises Unresolved where a class has fewer than two."""
@@ -81,7 +87,9 @@ class Study:
     """Everything the result tables are made of.
 
     scores: by (run, seed, attack, role); missing: why one is not there, by the same key.
-    losses: by (run, seed, role).  clamps: by run and seed, (clamped, all) response tokens of the attacked roles.
+    losses: nats and tokens by (run, seed, role).
+    made, draws: pairs and their resampled rates, kept because several tables ask for the same.
+    clamps: by run and seed, (clamped, all) response tokens of the attacked roles.
     """
 
     settings: dict
@@ -90,8 +98,10 @@ class Study:
     resampler: Resampler
     scores: dict[tuple, Scores] = field(default_factory=dict)
     missing: dict[tuple, str] = field(default_factory=dict)
-    losses: dict[tuple, Losses] = field(default_factory=dict)
+    losses: dict[tuple, Totals] = field(default_factory=dict)
     clamps: dict[tuple, tuple[int, int]] = field(default_factory=dict)
+    made: dict[tuple, Pair] = field(default_factory=dict, repr=False)
+    draws: dict[tuple, np.ndarray] = field(default_factory=dict, repr=False)
 
     # --- runs --------------------------------------------------------------------------------------------------------
 
@@ -177,8 +187,22 @@ class Study:
         halves = (calib.members, calib.nonmembers)
         return best_threshold(*(halves[::-1] if pair.role_pair == "heldout-private" else halves))
 
+    def rates(self, pair: Pair, fprs: tuple[float, ...]) -> np.ndarray:
+        """TPR at each FPR in the resamples of a whole pair (not of one task) [B, len(fprs)]."""
+        key = (pair.run, pair.seed, pair.attack, pair.role_pair)
+        if key not in self.draws:
+            counts = [self.resampler.counts(ids) for ids in (pair.member_ids, pair.nonmember_ids)]
+            self.draws[key] = resampled_tpr(pair.members, pair.nonmembers, *counts, fprs)
+        return self.draws[key]
+
     def _pair(self, run: str, seed: int, attack: str, role_pair: str) -> Pair:
         key = (run, seed, attack, role_pair)
+        if key not in self.made:
+            self.made[key] = self._load_pair(key)
+        return self.made[key]
+
+    def _load_pair(self, key: tuple[str, int, str, str]) -> Pair:
+        run, seed, attack, role_pair = key
         if role_pair in PAIRS:
             return _make_pair(key, *(self._scores(run, seed, attack, role) for role in PAIRS[role_pair]))
         whole = self._scores(run, seed, attack, "canary" if role_pair == CANARIES else "calib")
@@ -280,7 +304,7 @@ def _add(study: Study, key: tuple[str, int], role: str, tokens: Tokens, referenc
     response = tokens.select([SEGMENTS["response"]])
     if role in MEASURED:
         nats = -np.bincount(response.owner, response.token["logp"], len(response.ids))
-        study.losses[(*key, role)] = Losses(response.ids, nats, response.lengths)
+        study.losses[(*key, role)] = Totals(response.ids, nats, response.lengths)
     if role not in ATTACKED:
         return
     if "logp_std" in tokens.token:

@@ -9,8 +9,10 @@ import numpy as np
 import scipy
 import sklearn
 
-from attacks.gates import NOT_RUN, SPLIT_LEAKS, UNDERTRAINED, Blind
+from attacks.gates import NOT_RUN, SPLIT_LEAKS, Blind
+from attacks.ranking import rankings
 from attacks.study import CANARIES, Study
+from attacks.utility import UNDERTRAINED
 
 HEADLINE = ("model", "attack", "access", "role_pair", "value", "ci_low", "ci_high", "n_members", "n_nonmembers", "seed")
 
@@ -27,6 +29,7 @@ def summarize(
     settings = study.settings
     headline = _headline(study, membership, blind)
     comparison = _comparison(study, membership, blind, headline)
+    ranked = rankings(study, membership, differences)
     canaries = Path(scores_dir) / "text" / "canaries.json"
     return {
         "title": settings["title"],
@@ -34,7 +37,8 @@ def summarize(
         "sentence": _sentence(study, headline, comparison, gates, blind),
         "comparison": comparison,
         "worst": _worst(study, membership),
-        "verdicts": _verdicts(study, membership, differences, gates, blind, headline),
+        "verdicts": _verdicts(study, membership, gates, blind, headline, ranked),
+        "ranking": ranked,
         "warnings": _warnings(study, blind),
         "not_tested": _not_tested(study, membership),
         "unresolved": [_unresolved(row) for row in (*membership, *differences) if "reason" in row],
@@ -57,7 +61,13 @@ def summarize(
 def _run(study: Study, run: str) -> dict:
     seeds, told = study.seeds(run), study.provenance(run)
     known = {key: told.get(key) for key in ("train_roles", "teacher", "init", "recipe", "n_params")}
-    return study.head(run) | known | {"seeds": seeds, "step": study.tables[run, seeds[0]].step}
+    training = {str(seed): study.tables[run, seed].provenance.get("training") for seed in seeds}
+    return (
+        study.head(run)
+        | known
+        | {"seeds": seeds, "step": study.tables[run, seeds[0]].step, "swap": study.swap(run)}
+        | {"objective": told.get("objective"), "training": {k: v for k, v in training.items() if v}}
+    )
 
 
 def _unresolved(row: dict) -> dict:
@@ -171,7 +181,7 @@ def _worst(study: Study, membership: list[dict]) -> dict:
 
 
 def _verdicts(
-    study: Study, membership: list[dict], differences: list[dict], gates: list[dict], blind: Blind, headline: dict
+    study: Study, membership: list[dict], gates: list[dict], blind: Blind, headline: dict, ranked: list[dict]
 ) -> list[str]:
     said = []
     for run in dict.fromkeys([headline["model"], *study.students]):
@@ -203,36 +213,12 @@ def _verdicts(
             f"Null gate: {', '.join(split_leaks)} never saw the members and is not at chance; "
             "read the differences to null."
         )
-    return said + _ranking(study, differences)
-
-
-def _ranking(study: Study, differences: list[dict]) -> list[str]:
-    """Which technique leaks more, where several seeds say so after correction; one seed ranks nothing."""
-    if len(study.students) < 2:
-        return []
-    if any(len(study.seeds(run)) == 1 for run in study.students):
-        return ["One seed gives no ranking of techniques: the same technique trained again may change places."]
-    rows = [
-        row
-        for row in differences
-        if row["seed"] == "all"
-        and row["attack"] == study.settings["primary"]
-        and {row["model_a"], row["model_b"]} <= set(study.students)
-        and "reason" not in row
-        and row["role_pair"] == study.settings["role_pair"]
-    ]
-    found = [
-        (row["model_a"], row["model_b"]) if row["difference"] > 0 else (row["model_b"], row["model_a"])
-        for row in rows
-        if row["p_corrected"] < 0.05
-    ]
-    if not found:
-        return ["No two techniques differ by more than seeds and examples explain (p >= 0.05 after Holm)."]
-    return [f"{more} leaks more than {less} (over seeds and examples, p < 0.05 after Holm)." for more, less in found]
+    return said + [words for ranking in ranked for words in ranking["words"]]
 
 
 def _warnings(study: Study, blind: Blind) -> list[str]:
     found = [warning for table in study.tables.values() for warning in table.warnings]
+    found += _training_warnings(study)
     single = [run for run in study.runs if len(study.seeds(run)) == 1 and not run.startswith("base_")]
     if single:
         found.append(f"One seed for {', '.join(single)}: the intervals say nothing about training again.")
@@ -249,6 +235,15 @@ def _warnings(study: Study, blind: Blind) -> list[str]:
             "The score tables come from more than one split of the data; only runs of the same examples are compared."
         )
     return found
+
+
+def _training_warnings(study: Study) -> list[str]:
+    """What the training runs warned of, one line for all seeds of a run that say the same."""
+    said: dict[tuple[str, str], list[int]] = {}
+    for (run, seed), table in study.tables.items():
+        for warning in (table.provenance.get("training") or {}).get("warnings") or []:
+            said.setdefault((run, warning), []).append(seed)
+    return [f"{run} (seed {', '.join(map(str, seeds))}): {warning}" for (run, warning), seeds in said.items()]
 
 
 def _not_tested(study: Study, membership: list[dict]) -> list[str]:

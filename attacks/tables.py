@@ -67,6 +67,11 @@ class ScoreTable:
     def name(self) -> str:
         return f"{self.run}/seed{self.seed}"
 
+    @property
+    def folder(self) -> Path:
+        """Where the run keeps its score tables, its ledger and what it generated."""
+        return next(iter(self.files.values()))[0].parents[1]
+
     def load(self, role: str, fields: Collection[str]) -> Tokens:
         """Read one role. Of `fields` those that the files have; `segment` always.
 

@@ -1,14 +1,17 @@
 """Every key of an experiment, its default and its unit. Other configs start here and change what differs.
 
-A run (`config.runs`) is: model, technique (none | sft | kd), init (a run; "" for a base), train_roles, teacher (a run),
-recipe, setting (- | disjoint | shared), swap_of (a run), seeds. A recipe's keys and units are the fields of
-`kd_jax.train.Recipe`. Strings are empty where nothing is chosen, numbers 0.
+A run (`config.runs`) is: model, technique (none | sft | kd | seqkd | imitkd | gkd | minillm | distillm), init (a run;
+"" for a base), train_roles, teacher (a run), recipe (how it is optimised), objective (with which loss on what; "" = the
+technique's own), setting (- | disjoint | shared), swap_of (a run), seeds. A recipe's keys and units are the fields of
+`kd_jax.train.Recipe`, an objective's those of `kd_jax.distill.objective.Objective`. Strings are empty where nothing is
+chosen, numbers 0.
 """
 
 import dataclasses
 
 from ml_collections import ConfigDict
 
+from kd_jax.distill.objective import PRESETS
 from kd_jax.train import Recipe
 
 
@@ -17,9 +20,14 @@ def recipe(name: str, **changes) -> ConfigDict:
     return ConfigDict(dataclasses.asdict(Recipe(name=name, **changes)))
 
 
+def objective(preset: str, **changes) -> ConfigDict:
+    """A technique, or a paper's variant of one, from `kd_jax.distill.objective.PRESETS`, with `changes`."""
+    return ConfigDict(dataclasses.asdict(dataclasses.replace(PRESETS[preset], **changes)))
+
+
 def run(model: str, technique: str = "none", **keys) -> ConfigDict:
     """An entry of `config.runs` with every key present, so that each can be overridden on the command line."""
-    entry = dict(init="", train_roles=(), teacher="", recipe="", setting="-", swap_of="", seeds=(0,))
+    entry = dict(init="", train_roles=(), teacher="", recipe="", objective="", setting="-", swap_of="", seeds=(0,))
     return ConfigDict({"model": model, "technique": technique, **entry, **keys})
 
 
@@ -60,6 +68,7 @@ def get_config() -> ConfigDict:
             long_prompt="keep_end",  # keep_end | drop
             pack=True,  # several records in a row; False: one record a row, as the papers train
             pretrain=dict(path="", text_unit="article", limit=0),  # plain text on which base_* runs train
+            lm=dict(path="", text_unit="article", limit=0),  # plain text of objectives whose lm_coef is above 0
         )
     )
     config.tokenizer = ConfigDict(
@@ -76,6 +85,7 @@ def get_config() -> ConfigDict:
     )
     config.models = ConfigDict(dict(teacher=model(), student=model()))
     config.recipes = ConfigDict(dict(matched=recipe("matched")))
+    config.objectives = ConfigDict({name: objective(name) for name in ("sft", "kd")})
     config.runs = ConfigDict()
 
     config.score = ConfigDict(
@@ -88,7 +98,21 @@ def get_config() -> ConfigDict:
             top_p=(),  # grid of cum_above_p<P>_t<T>, nucleus_p<P>_t<T>
         )
     )
-    config.probe = ConfigDict(dict(examples=200))  # of dev, private and heldout each, at every evaluation of a run
+    # At every evaluation of a run: examples of dev, private and heldout each; answers to dev prompts for ROUGE-L.
+    config.probe = ConfigDict(dict(examples=200, rouge_examples=0))
+    config.utility = ConfigDict(  # ROUGE of every run's answers, at the end
+        dict(
+            seeds=(),  # of sampling, e.g. (10, 20, 30, 40, 50); none = not measured
+            roles=("dev",),  # whose prompts are answered
+            files=ConfigDict(),  # and those of instruction files, by a name for the set
+            examples=0,  # of each set; 0 = all
+            temperature=1.0,  # 0 = greedy
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=0,  # 0 = up to data.max_length
+            no_repeat_ngram=0,  # the papers' test time bans repeated 6-grams; never mix with 0
+        )
+    )
 
     config.attack = ConfigDict(
         dict(
@@ -103,28 +127,45 @@ def get_config() -> ConfigDict:
     return config
 
 
-def standard_runs(teacher: str = "matched", student: str = "matched", kd: str = "matched") -> ConfigDict:
-    """The graph every table needs: bases, teacher, its counterfactual, the controls, a student of each setting.
+def standard_runs(
+    teacher: str = "matched",
+    student: str = "matched",
+    kd: str = "matched",
+    *,
+    techniques: tuple[str, ...] = ("kd",),
+    swapped: tuple[str, ...] = ("kd",),
+    shared: tuple[str, ...] = ("kd",),
+    init: str = "",
+    seeds: tuple[int, ...] = (0,),
+) -> ConfigDict:
+    """The graph every table needs: bases, teacher, its counterfactual, the controls, students of each setting.
 
-    Arguments name the recipes of the teachers, of the students without a teacher, and of the distilled students.
+    Args:
+        teacher, student, kd: recipes of the teachers, of the students without a teacher, and of the distilled ones.
+        techniques: of the `disjoint` students.
+        swapped: those of them with a counterfactual, taught by `swap`.
+        shared: techniques of students distilled on the teacher's own data.
+        init: recipe of an SFT on the public role that students start from; "" = from the raw base.
     """
-    big = {"model": "teacher", "technique": "sft", "init": "base_teacher", "recipe": teacher}
-    small = {"model": "student", "init": "base_student"}
+    big = {"model": "teacher", "technique": "sft", "init": "base_teacher", "recipe": teacher, "seeds": seeds}
+    small = {"model": "student", "init": "init_student" if init else "base_student", "seeds": seeds}
     control = {**small, "technique": "sft", "recipe": student}
-    distilled = {**small, "technique": "kd", "recipe": kd}
-    public, private = ("public",), ("private",)
-    return ConfigDict(
-        {
-            "base_teacher": run("teacher"),
-            "base_student": run("student"),
-            "teacher": run(**big, train_roles=private),
-            "null": run(**control, train_roles=public),
-            "students/kd": run(**distilled, teacher="teacher", train_roles=public, setting="disjoint"),
-            "direct": run(**control, train_roles=private),
-            "swap": run(**big, train_roles=("heldout",), swap_of="teacher"),
-            "swap_students/kd": run(
-                **distilled, teacher="swap", train_roles=public, setting="disjoint", swap_of="students/kd"
-            ),
-            "students/kd_shared": run(**distilled, teacher="teacher", train_roles=private, setting="shared"),
-        }
-    )
+    public, private = {"train_roles": ("public",)}, {"train_roles": ("private",)}
+
+    def students(folder: str, names: tuple[str, ...], ending: str = "", **keys) -> dict[str, ConfigDict]:
+        distilled = {**small, "recipe": kd, **keys}
+        return {f"{folder}/{name}{ending}": run(**distilled, technique=name) for name in names}
+
+    runs = {"base_teacher": run("teacher", seeds=seeds), "base_student": run("student", seeds=seeds)}
+    if init:
+        sft = {**control, "init": "base_student", "recipe": init}
+        runs["init_student"] = run(**sft, **public)
+    runs |= {"teacher": run(**big, **private), "null": run(**control, **public)}
+    runs |= students("students", techniques, teacher="teacher", setting="disjoint", **public)
+    runs |= {"direct": run(**control, **private), "swap": run(**big, train_roles=("heldout",), swap_of="teacher")}
+    counterfactual = students("swap_students", swapped, teacher="swap", setting="disjoint", **public)
+    for name, entry in counterfactual.items():
+        entry.swap_of = name.removeprefix("swap_")
+    runs |= counterfactual
+    runs |= students("students", shared, "_shared", teacher="teacher", setting="shared", **private)
+    return ConfigDict(runs)

@@ -1,19 +1,21 @@
 """GPT-2 XL to large, medium or base on Dolly, word-level KD, as zhang2025 trained it; or small from scratch.
 
     python main.py --config=configs/gpt2_kd.py[:large|medium|base] --config.data.path=databricks-dolly-15k.jsonl
-    python main.py --config=configs/gpt2_kd.py:small[,base] --config.data.path=... --workdir=runs/dolly
+    python main.py --config=configs/gpt2_kd.py:small[,base|,six] --config.data.path=... --workdir=runs/dolly
 
 Paper size (default `base`): hub ids gpt2-xl and gpt2-large / gpt2-medium / gpt2, or folders by
 `--config.models.teacher.path` and `--config.models.student.path`. Hyper-parameters are those of the released scripts
 (papers list no number of GPUs; the global batch here is theirs per GPU times GPUS). Response loss, AdamW, cosine.
 
 `small`: 3-layer students and 4-layer teachers from random weights, 2 CPU cores, under 25 minutes. `small,base`: the
-bases are first pre-trained on plain text, `--config.data.pretrain.path=.../train.txt.gz`, 20 minutes more.
+bases are first pre-trained on plain text, `--config.data.pretrain.path=.../train.txt.gz`, 20 minutes more. `small,six`:
+all six techniques by the `matched` recipe with three seeds, under 75 minutes.
 """
 
 from ml_collections import ConfigDict
 
 from configs import base
+from kd_jax.distill.objective import TECHNIQUES
 
 GPUS = 4
 STUDENTS = {"large": ("gpt2-large", 4), "medium": ("gpt2-medium", 8), "base": ("gpt2", 16)}  # hub id, batch per GPU
@@ -21,10 +23,14 @@ STUDENTS = {"large": ("gpt2-large", 4), "medium": ("gpt2-medium", 8), "base": ("
 
 def get_config(variant: str = "base") -> ConfigDict:
     words = variant.split(",")
+    if words == ["small", "six"]:
+        return six()
     if words in (["small"], ["small", "base"]):
         return small(pretrained=words[1:] == ["base"])
     if variant not in STUDENTS:
-        raise ValueError(f"configs/gpt2_kd.py:{variant}: known are {', '.join(STUDENTS)}, small, and small,base")
+        raise ValueError(
+            f"configs/gpt2_kd.py:{variant}: known are {', '.join(STUDENTS)}, small, small,base and small,six"
+        )
     hub_id, batch = STUDENTS[variant]
     config = base.get_config()
     config.title = f"Dolly: GPT-2 XL to {hub_id}, word-level KD"
@@ -63,4 +69,25 @@ def small(pretrained: bool) -> ConfigDict:
         config.recipes.base = base.recipe("base", epochs=1, batch_rows=16, lr=2e-3, warmup_steps=50)
         for name in ("base_teacher", "base_student"):
             config.runs[name].update(train_roles=("pretrain",), recipe="base")
+    return config
+
+
+def six() -> ConfigDict:
+    """Six techniques, equal in init, steps, prompts and their order, and a learning rate picked from one grid."""
+    config = small(pretrained=False)
+    config.title = "Dolly: six techniques, small GPT-2 models from scratch, three seeds"
+    seeds = (0, 1, 2)
+    common = dict(batch_rows=8, warmup_steps=20, checkpoints=1, evaluations=2)
+    config.recipes = ConfigDict(
+        dict(
+            teacher=base.recipe("matched", steps=640, lr=2e-3, **common),
+            init=base.recipe("matched", steps=120, lr=2e-3, **common),
+            matched=base.recipe("matched", steps=240, lr_grid=(5e-4, 2e-3), **common),
+        )
+    )
+    config.objectives = ConfigDict({name: base.objective(name, max_new_tokens=64) for name in ("sft", *TECHNIQUES)})
+    config.runs = base.standard_runs(
+        "teacher", "matched", "matched", techniques=TECHNIQUES, shared=(), init="init", seeds=seeds
+    )
+    config.utility.update(seeds=(10, 20), examples=150, max_new_tokens=64)
     return config

@@ -38,8 +38,9 @@ def get_config(variant: str = "") -> ConfigDict:
         dict(
             teacher=base.recipe("minillm_sft", epochs=10, batch_rows=8 * GPUS, **common),
             student=base.recipe("minillm_sft", epochs=10, batch_rows=8 * GPUS, **common),
-            kd=base.recipe("zhang2025", epochs=10, batch_rows=4 * GPUS, kd_ratio=0.5, **common),
+            kd=base.recipe("zhang2025", epochs=10, batch_rows=4 * GPUS, **common),
         )
     )
+    config.objectives.kd = base.objective("kd", kd_ratio=0.5)
     config.runs = base.standard_runs("teacher", "student", "kd")
     return config

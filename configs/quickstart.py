@@ -11,11 +11,13 @@ much of the private records shows in either. Models are tiny and start from scra
 from ml_collections import ConfigDict
 
 from configs import base
+from kd_jax.distill.objective import TECHNIQUES
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "tiny"):
-        raise ValueError(f"configs/quickstart.py:{variant}: known is tiny")
+    words = set(filter(None, variant.split(",")))
+    if words - {"tiny", "all"}:
+        raise ValueError(f"configs/quickstart.py:{variant}: known are all, tiny, and tiny,all")
     config = base.get_config()
     config.title = "Quickstart: invented records, tiny GPT-2 models from scratch"
     config.data.synthetic.records = 5000  # two in five are written to be public; the others draw a role
@@ -30,10 +32,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.models.student.scratch = dict(model_type="gpt2", n_embd=128, n_layer=3, n_head=4)
     config.recipes.matched = base.recipe("matched", steps=220, batch_rows=16, lr=2e-3, warmup_steps=20)
 
-    config.runs = base.standard_runs()
-    del config.runs["students/kd_shared"]  # the quickstart shows the disjoint setting
+    techniques = TECHNIQUES if "all" in words else ("kd",)
+    config.runs = base.standard_runs(techniques=techniques, shared=())  # the quickstart shows the disjoint setting
+    config.objectives = ConfigDict({name: base.objective(name) for name in ("sft", *techniques)})
     config.report.show_canaries = True  # the records are invented
-    if variant == "tiny":
+    if "tiny" in words:
         config.title = "Smoke test"
         config.data.synthetic.records = 800
         config.data.canaries.per_cell = 1

@@ -29,17 +29,26 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, step: int, state, iterator) -> None:
-        """Save `state` (any pytree) and the data iterator's position; returns when it is on disk."""
-        self._checkpointer.save_checkpointables(
-            step, {"state": _flat(state), "data": iterator}, force=True, overwrite=True
-        )
+    def save(self, step: int, state, feed: dict[str, np.ndarray], iterators: dict) -> None:
+        """Save `state` (any pytree), the feed's arrays and the iterators' positions; returns when it is on disk."""
+        everything = {"state": _flat(state), **({"feed": feed} if feed else {}), **iterators}
+        self._checkpointer.save_checkpointables(step, everything, force=True, overwrite=True)
 
-    def restore(self, abstract_state, iterator):
-        """The newest state, as `abstract_state` says (shapes, dtypes, shardings); `iterator` moves to its position."""
-        wanted = {"state": _flat(abstract_state), "data": iterator}
-        loaded = self._checkpointer.load_checkpointables(None, wanted)["state"]
-        return jax.tree.unflatten(jax.tree.structure(abstract_state), [loaded[n] for n in names(abstract_state)])
+    def restore(self, abstract_state, feed: dict[str, np.ndarray], iterators: dict):
+        """The newest state, as `abstract_state` says (shapes, dtypes, shardings), and the feed's arrays.
+
+        `feed` says their shapes; the iterators move to their positions.
+        """
+        wanted = {"state": _flat(abstract_state), **({"feed": feed} if feed else {}), **iterators}
+        loaded = self._checkpointer.load_checkpointables(None, wanted)
+        leaves = [loaded["state"][n] for n in names(abstract_state)]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), loaded.get("feed", {})
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def close(self) -> None:
         self._checkpointer.close()

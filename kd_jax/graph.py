@@ -6,12 +6,22 @@ import dataclasses
 
 from kd_jax.errors import ConfigError
 
-TECHNIQUES = ("none", "sft", "kd")  # none: a base, as loaded, drawn or pre-trained
+BASES = ("none", "sft")  # without a teacher; none: a base, as loaded, drawn or pre-trained
 SETTINGS = ("-", "disjoint", "shared")
 
 
 # The order among runs that do not need each other: the first verdict (teacher, null) comes first.
-PRIORITY = ("base_teacher", "base_student", "teacher", "null", "students/", "direct", "swap", "swap_students/")
+PRIORITY = (
+    "base_teacher",
+    "base_student",
+    "init_student",
+    "teacher",
+    "null",
+    "students/",
+    "direct",
+    "swap",
+    "swap_students/",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,23 +30,31 @@ class Run:
 
     name: str
     model: str  # a key of config.models
-    technique: str  # none | sft | kd
+    technique: str  # none | sft | one of kd_jax.distill.objective.TECHNIQUES
     init: str = ""  # the run it starts from; "" for a base
     train_roles: tuple[str, ...] = ()
     teacher: str = ""  # the run that teaches it
     recipe: str = ""  # a key of config.recipes
+    objective: str = ""  # a key of config.objectives; "" = the one of the technique's name
     setting: str = "-"  # students: disjoint | shared
     swap_of: str = ""  # the run of which this is the counterfactual, taught by or trained on `heldout`
     seeds: tuple[int, ...] = (0,)
+
+    @property
+    def objective_name(self) -> str:
+        return self.objective or ("sft" if self.technique == "none" else self.technique)
 
     def seed_for(self, seed: int) -> int:
         """The seed of this run that a dependent run with `seed` uses: the same one where there is one."""
         return seed if seed in self.seeds else self.seeds[0]
 
 
-def parse(runs: dict[str, dict], models: set[str], recipes: set[str]) -> list[Run]:
-    """Runs in an order in which every run comes after those it needs. Raises ConfigError naming run and key."""
-    parsed = {name: _run(name, dict(entry), models, recipes) for name, entry in runs.items()}
+def parse(runs: dict[str, dict], models: set[str], recipes: set[str], objectives: dict[str, str]) -> list[Run]:
+    """Runs in an order in which every run comes after those it needs. Raises ConfigError naming run and key.
+
+    objectives: the technique of each.
+    """
+    parsed = {name: _run(name, dict(entry), models, recipes, objectives) for name, entry in runs.items()}
     for run in parsed.values():
         for key in ("init", "teacher", "swap_of"):
             other = getattr(run, key)
@@ -45,18 +63,31 @@ def parse(runs: dict[str, dict], models: set[str], recipes: set[str]) -> list[Ru
     return _ordered(parsed)
 
 
-def _run(name: str, entry: dict, models: set[str], recipes: set[str]) -> Run:
+def _run(name: str, entry: dict, models: set[str], recipes: set[str], objectives: dict[str, str]) -> Run:
     known = {f.name for f in dataclasses.fields(Run)} - {"name"}
     if unknown := set(entry) - known:
         raise ConfigError(f"runs.{name} has unknown keys {sorted(unknown)}; known: {sorted(known)}")
     run = Run(name=name, **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in entry.items()})
+    techniques = [*BASES, *sorted(set(objectives.values()) - set(BASES))]
+    objective = run.objective_name
     trained = run.technique != "none" or bool(run.train_roles)
     checks = [
         (run.model in models, f"model {run.model!r} is not one of {sorted(models)}"),
-        (run.technique in TECHNIQUES, f"technique {run.technique!r} is not one of {TECHNIQUES}"),
+        (
+            run.technique in techniques,
+            f"technique {run.technique!r} is not one of {', '.join(techniques)}, which config.objectives has",
+        ),
+        (objective in objectives, f"objective {objective!r} is not one of {sorted(objectives)}"),
+        (
+            run.technique == "none" or objectives.get(objective) == run.technique,
+            f"objective {objective!r} is of technique {objectives.get(objective)!r}, the run of {run.technique!r}",
+        ),
         (run.setting in SETTINGS, f"setting {run.setting!r} is not one of {SETTINGS}"),
         (bool(run.seeds), "seeds is empty"),
-        (bool(run.teacher) == (run.technique == "kd"), "a teacher belongs to technique kd, and kd needs one"),
+        (
+            bool(run.teacher) == (run.technique not in BASES),
+            f"technique {run.technique!r} and teacher {run.teacher!r}: a distilled run has a teacher, and no other run",
+        ),
         (not trained or run.recipe in recipes, f"recipe {run.recipe!r} is not one of {sorted(recipes)}"),
         (run.technique == "none" or bool(run.init), "init must name the run it starts from"),
         (run.technique == "none" or bool(run.train_roles), "train_roles is empty"),

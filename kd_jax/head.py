@@ -5,11 +5,12 @@ memory on. Here rows are gathered by their mask, worked through in chunks of `C`
 everything that is wanted of a chunk (losses, gradients, statistics) is computed while its logits exist. The number of
 chunks that run depends on the data, so a masked row costs nothing and its content can never matter.
 
-* `head_loss`   CE and a teacher-student divergence, differentiable in the student (4 matmuls, gradient made in the
-                forward pass: nothing of size `[N, V]` survives it)
+* `head_loss`   CE, a teacher-student divergence and a policy loss, differentiable in the student (4 matmuls, gradient
+                made in the forward pass: nothing of size `[N, V]` survives it)
+* `head_topk`   the k most probable ids of a teacher (1 matmul)
 * `head_stats`  the per-token statistics that attacks read (1 matmul)
 
-Under a mesh both run per device on its own rows (`jax.shard_map` over `data` and `fsdp`); the `tensor` axis stays with
+Under a mesh all run per device on its own rows (`jax.shard_map` over `data` and `fsdp`); the `tensor` axis stays with
 the compiler, which splits the vocabulary.  Letters: N rows, C chunk, E head width, V vocabulary.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,18 +51,48 @@ class Loss:
     """What a row's loss is made of. All settings explicit; none is inherited from another."""
 
     vocab: int  # effective vocabulary: ids at or above it leave both softmaxes
-    divergence: str | None = None  # a key of losses.DIVERGENCES, or None for cross entropy alone
+    divergence: str | None = None  # a key of losses.DIVERGENCES, or None for losses of the target alone
     student_T: float = 1.0
     teacher_T: float = 1.0
     t_squared: bool = True  # multiply the divergence by student_T ** 2
     chunk: int = 0  # rows per chunk; 0 = `default_chunk`
+    beta: float = 0.5  # jsd: the teacher's share of the mixture; 0 is fkl, 1 is rkl
+    alpha: float = 0.1  # sfkl, srkl: share of the mixture that its left side has
+    mu: float = 0.5  # akl: teacher mass of the tail
+    clip: float = 0.2  # policy: the ratio counts within 1 - clip .. 1 + clip
 
     def __post_init__(self) -> None:
         if self.divergence is not None and self.divergence not in losses.DIVERGENCES:
             raise ConfigError(f"unknown divergence {self.divergence!r}; known: {sorted(losses.DIVERGENCES)}")
-        for name in ("student_T", "teacher_T"):
-            if getattr(self, name) <= 0:
+        for name in ("student_T", "teacher_T", "clip"):
+            if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("beta", "alpha", "mu"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+
+    @property
+    def parameter(self) -> float:
+        """The setting that belongs to the divergence; 0 where it has none."""
+        name = losses.DIVERGENCES[self.divergence][1]
+        return getattr(self, name) if name else 0.0
+
+
+class TopK(NamedTuple):
+    """A teacher of which only k ids per row are known; the loss counts all others as one outcome, on both sides.
+
+    Biased (never above the loss with the whole teacher), so whoever trains with it says so.
+    """
+
+    ids: Array  # [N, k] int32, distinct in a row
+    logp: Array  # [N, k] float32 log-probabilities, already at the teacher's temperature
+
+
+class Policy(NamedTuple):
+    """Constants of a sampled token's PPO loss (`losses.clipped_policy`)."""
+
+    advantage: Array  # [N] float32
+    offset: Array  # [N] float32: log q(y) at rollout time minus the log importance weight
 
 
 def default_chunk(vocab: int, backend: str | None = None) -> int:
@@ -136,107 +168,140 @@ def _psum(x: Array) -> Array:
 # ------------------------------------------------------------------------------------------------------------ loss
 
 
+TERMS = ("ce", "kd", "policy")
+
+
 def head_loss(
     h_student: Array,
     student: Head,
     h_teacher: Array | None,
-    teacher: Head | None,
+    teacher: Head | TopK | None,
     targets: Array,
     weights: dict[str, Array],
     spec: Loss,
+    policy: Policy | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Weighted sum of per-token losses, and the per-token losses themselves.
 
     Args:
       h_student: `[N, E_s]` hidden states at the predicting positions; differentiated, as are the student's weights.
-      student, teacher: heads; nothing flows to the teacher. `h_teacher` and `teacher` are None without a divergence.
+      student: head of the student.
+      h_teacher, teacher: hidden states `[N, E_t]` and head of the teacher, or None and a `TopK`; nothing flows to
+        them. Both None without `kd`.
       targets: `[N]` int32 ids to be predicted.
-      weights: `ce` and, with a divergence, `kd`: `[N]` float32, each = mask x coefficient / (tokens of the optimiser
-        step). A row whose weights are all 0 is skipped: it is not computed, and its content cannot matter.
+      weights: which terms there are: any of `ce`, `kd` (the divergence), `policy`, each `[N]` float32 = mask x
+        coefficient / (tokens of the optimiser step). A row whose weights are all 0 is skipped: it is not computed, and
+        its content cannot matter.
       spec: static settings.
+      policy: advantages and offsets, with the term `policy` only. Its ratio is that of log q(target) at temperature 1.
 
     Returns:
-      `loss` float32 scalar `= sum_i ce_i w_ce,i + kd_i w_kd,i`, and `{"ce", "kd"}: [N]` unweighted values in nats
-      (`kd` without the T^2 factor), 0 in skipped rows. Gradients flow through `loss` only.
+      `loss` float32 scalar, the sum over rows and terms of weight x value (x T^2 for `kd` with `t_squared`), and the
+      unweighted values `{term: [N]}` in nats (`kd` without the T^2 factor), 0 in skipped rows. Gradients flow through
+      `loss` only.
+
+    Raises:
+      ValueError: terms that are unknown, or that lack what they are computed from.
     """
-    return _head_loss(spec, h_student, student, h_teacher, teacher, targets, weights)
+    if not weights or not set(weights) <= set(TERMS):
+        raise ValueError(f"weights must name at least one of {TERMS} and nothing else, got {sorted(weights)}")
+    if "kd" in weights and spec.divergence is None:
+        raise ValueError("weights has 'kd' but the loss has no divergence")
+    if "kd" in weights and (h_teacher is None) != isinstance(teacher, TopK):
+        raise ValueError("weights has 'kd': give the teacher's hidden states and head, or None and a TopK")
+    if ("policy" in weights) != (policy is not None):
+        raise ValueError("weights has 'policy' exactly when a Policy is given")
+    of_teacher, teacher_head = (teacher, None) if isinstance(teacher, TopK) else (h_teacher, teacher)
+    rows = dict(targets=targets, weights=weights)
+    rows |= dict(teacher=of_teacher if "kd" in weights else None, policy=policy)
+    return _head_loss(spec, h_student, student, rows, teacher_head)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head_loss(spec: Loss, h_s, student, h_t, teacher, targets, weights):
-    return _loss_pass(spec, False, h_s, student, h_t, teacher, targets, weights)[0]
+def _head_loss(spec: Loss, h, student: Head, rows: dict, teacher: Head | None):
+    return _loss_pass(spec, False, h, student, rows, teacher)[0]
 
 
-def _head_loss_fwd(spec: Loss, h_s, student, h_t, teacher, targets, weights):
-    return _loss_pass(spec, True, h_s, student, h_t, teacher, targets, weights)
+def _head_loss_fwd(spec: Loss, h, student, rows, teacher):
+    return _loss_pass(spec, True, h, student, rows, teacher)
 
 
 def _head_loss_bwd(spec: Loss, grads, cotangent):
     dh, dhead = jax.tree.map(lambda g: (g * cotangent[0]).astype(g.dtype), grads)
-    return dh, dhead, None, None, None, None
+    return dh, dhead, None, None
 
 
 _head_loss.defvjp(_head_loss_fwd, _head_loss_bwd)
 
 
-def _loss_pass(spec: Loss, with_grad: bool, h_s, student: Head, h_t, teacher, targets, weights):
+def _loss_pass(spec: Loss, with_grad: bool, h, student: Head, rows: dict, teacher: Head | None):
     """One pass over the chunks; returns ((loss, per_token), (dh, dhead) or None)."""
-    terms = ("ce",) if spec.divergence is None else ("ce", "kd")
-    if set(weights) != set(terms):
-        raise ValueError(f"weights must be given for exactly {terms}, got {sorted(weights)}")
-    rows_args = (h_s, targets, weights) + (() if h_t is None else (h_t,))
-    out_is_row = (
-        (False, {t: True for t in terms}),
-        (True, jax.tree.map(lambda _: False, student)) if with_grad else None,
-    )
 
-    def local(h_s, targets, weights, *rest):
-        h_t, (student, teacher) = (rest[0], rest[1:]) if h_teacher_given else (None, rest)
-        loss, per_token, dh, dhead = _loss_chunks(spec, with_grad, h_s, student, h_t, teacher, targets, weights)
+    def local(rows, student, teacher):
+        loss, per_token, dh, dhead = _loss_chunks(spec, with_grad, rows, student, teacher)
         grads = (dh, jax.tree.map(_psum, dhead)) if with_grad else None
         return (_psum(loss), per_token), grads
 
-    h_teacher_given = h_t is not None
-    return _per_device(local, rows_args, (student, teacher), out_is_row)
+    out_is_row = (
+        (False, {t: True for t in rows["weights"]}),
+        (True, jax.tree.map(lambda _: False, student)) if with_grad else None,
+    )
+    return _per_device(local, (rows | {"h": h},), (student, teacher), out_is_row)
 
 
-def _loss_chunks(spec: Loss, with_grad: bool, h_s, student: Head, h_t, teacher, targets, weights):
-    n, vocab = h_s.shape[0], spec.vocab
-    chunk = min(spec.chunk or default_chunk(vocab), max(n, 1))
-    scale = spec.student_T**2 if spec.t_squared else 1.0
+def _loss_chunks(spec: Loss, with_grad: bool, rows: dict, student: Head, teacher: Head | None):
+    n = rows["h"].shape[0]
+    chunk = min(spec.chunk or default_chunk(spec.vocab), max(n, 1))
 
-    def body(rows, carry):
+    def body(index, carry):
         loss, per_token, dh, dhead = carry
-        hs = _take(h_s, rows)
-        z = logits(hs, student, vocab)
-        w = {t: _take(weights[t], rows) for t in weights}
-        logq = jax.nn.log_softmax(z)
-        ce, g_ce = losses.cross_entropy(logq, _take(targets, rows))
-        values, g = {"ce": ce}, w["ce"][:, None] * g_ce
-        loss = loss + jnp.sum(w["ce"] * ce)
-        if spec.divergence is not None:
-            logp = jax.nn.log_softmax(logits(_take(h_t, rows), teacher, vocab) / spec.teacher_T)
-            logq_t = logq if spec.student_T == 1.0 else jax.nn.log_softmax(z / spec.student_T)
-            values["kd"], g_kd = losses.DIVERGENCES[spec.divergence](logp, logq_t)
-            loss = loss + scale * jnp.sum(w["kd"] * values["kd"])
-            g = g + (scale / spec.student_T) * w["kd"][:, None] * g_kd
-        per_token = {t: _put(per_token[t], rows, values[t]) for t in values}
+        row = jax.tree.map(lambda x: _take(x, index), rows)
+        z = logits(row["h"], student, spec.vocab)
+        values, weighted, g = _row_losses(spec, z, row, teacher)
+        per_token = {t: _put(per_token[t], index, values[t]) for t in values}
         if with_grad:
-            dh, dhead = _chunk_gradients(g, z, hs, rows, student, dh, dhead)
-        return loss, per_token, dh, dhead
+            dh, dhead = _chunk_gradients(g, z, row["h"], index, student, dh, dhead)
+        return loss + weighted, per_token, dh, dhead
 
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
     carry = (
         zeros(()),
-        {t: zeros((n,)) for t in weights},
-        jnp.zeros_like(h_s) if with_grad else None,
+        {t: zeros((n,)) for t in rows["weights"]},
+        jnp.zeros_like(rows["h"]) if with_grad else None,
         jax.tree.map(lambda x: zeros(x.shape), student) if with_grad else None,
     )
-    active = functools.reduce(jnp.logical_or, [w != 0 for w in weights.values()])
+    active = functools.reduce(jnp.logical_or, [w != 0 for w in rows["weights"].values()])
     loss, per_token, dh, dhead = _over_chunks(active, chunk, carry, body)
     if with_grad:  # accumulated in float32, handed back in the parameters' own dtype
         dhead = jax.tree.map(lambda g, x: g.astype(x.dtype), dhead, student)
     return loss, per_token, dh, dhead
+
+
+def _row_losses(spec: Loss, z: Array, row: dict, teacher: Head | None) -> tuple[dict, Array, Array]:
+    """Values `{term: [C]}`, their weighted sum, and its gradient by the student's logits `z [C, V]`."""
+    w, values, g = row["weights"], {}, 0.0
+    logq = jax.nn.log_softmax(z)
+    if "ce" in w or "policy" in w:
+        ce, g_ce = losses.cross_entropy(logq, row["targets"])
+        slope = 0.0  # the policy's loss is a function of the cross entropy: both share one gradient row
+        if "ce" in w:
+            values["ce"], slope = ce, w["ce"]
+        if "policy" in w:
+            values["policy"], by_ce = losses.clipped_policy(ce, *row["policy"], spec.clip)
+            slope = slope + w["policy"] * by_ce
+        g = slope[:, None] * g_ce
+    factor = dict.fromkeys(w, 1.0) | {"kd": spec.student_T**2 if spec.t_squared else 1.0}
+    if "kd" in w:
+        logq_t = logq if spec.student_T == 1.0 else jax.nn.log_softmax(z / spec.student_T)
+        if isinstance(row["teacher"], TopK):
+            values["kd"], g_kd = losses.top_k_divergence(spec.divergence, *row["teacher"], logq_t, spec.parameter)
+        else:
+            logp = jax.nn.log_softmax(logits(row["teacher"], teacher, spec.vocab) / spec.teacher_T)
+            values["kd"], g_kd = losses.divergence(spec.divergence, logp, logq_t, spec.parameter)
+        g = g + (factor["kd"] / spec.student_T) * w["kd"][:, None] * g_kd
+    # a weight of 0 wins over a value of inf (the cross entropy of a banned target that only `kd` looks at)
+    weighted = sum(factor[t] * jnp.sum(jnp.where(w[t] != 0, w[t] * values[t], 0.0)) for t in values)
+    return values, weighted, g
 
 
 def _chunk_gradients(g, z, hs, rows, head: Head, dh, dhead: Head):
@@ -257,6 +322,28 @@ def _chunk_gradients(g, z, hs, rows, head: Head, dh, dhead: Head):
 
 
 # ------------------------------------------------------------------------------------------------------ statistics
+
+
+def head_topk(h: Array, head: Head, mask: Array, k: int, vocab: int, temperature: float = 1.0) -> tuple[Array, Array]:
+    """The k most probable ids `[N, k]` int32 of each row and their log-probabilities `[N, k]` at the temperature.
+
+    Best first, of equal logits the lowest id first; both 0 where `mask [N]` is False. `TopK(*head_topk(...))` is a
+    teacher for `head_loss`.
+    """
+    if not 1 <= k <= vocab:
+        raise ConfigError(f"k must lie in 1..{vocab} (the effective vocabulary), got {k}")
+
+    def local(h, mask, head):
+        def body(rows, out):
+            logp = jax.nn.log_softmax(logits(_take(h, rows), head, vocab) / temperature)
+            best, ids = jax.lax.top_k(logp, k)
+            return _put(out[0], rows, ids), _put(out[1], rows, best)
+
+        n = h.shape[0]
+        empty = (jnp.zeros((n, k), jnp.int32), jnp.zeros((n, k), jnp.float32))
+        return _over_chunks(mask, min(default_chunk(vocab), max(n, 1)), empty, body)
+
+    return _per_device(local, (h, mask), (head,), (True, True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -344,21 +431,10 @@ def _row_stats(z: Array, target: Array, *, spec: Stats) -> dict[str, Array]:
 def _nucleus_mass(q: Array, mass: float) -> Array:
     """Mass of the smallest set of most probable ids that reaches `mass`; `q [C, V]`.
 
-    Without a sort: the cut probability is the largest t with `sum(q[q >= t]) >= mass`, found by bisection on the bit
-    pattern of float32 (non-negative floats order like their bits), exact in 31 steps. Of ids tied at the cut only as
-    many as are needed belong to the set.
+    The cut probability is the largest t with `sum(q[q >= t]) >= mass`. Of ids tied at the cut only as many as are
+    needed belong to the set.
     """
-    bits = jax.lax.bitcast_convert_type(q, jnp.int32)
-
-    def step(_, interval):
-        low, high = interval  # invariant: mass is reached at `low`, not at `high`
-        mid = low + (high - low) // 2
-        reached = jnp.sum(jnp.where(bits >= mid[:, None], q, 0.0), axis=-1) >= mass
-        return jnp.where(reached, mid, low), jnp.where(reached, high, mid)
-
-    top = jnp.full(q.shape[:1], 0x7F800000, jnp.int32)
-    low, _ = jax.lax.fori_loop(0, 31, step, (jnp.zeros_like(top), top))
-    cut = jax.lax.bitcast_convert_type(low, jnp.float32)
-    above = jnp.sum(jnp.where(bits > low[:, None], q, 0.0), axis=-1)
+    cut = losses.largest(lambda t: jnp.sum(jnp.where(q >= t[:, None], q, 0.0), axis=-1) >= mass, q.shape[0])
+    above = jnp.sum(jnp.where(q > cut[:, None], q, 0.0), axis=-1)
     needed = jnp.where(cut > 0, jnp.ceil((mass - above) / jnp.where(cut > 0, cut, 1.0)), 0.0)
     return above + jnp.maximum(needed, 1.0) * cut

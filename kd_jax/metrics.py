@@ -43,6 +43,12 @@ class Metrics:
             self._lines.close()
             self._events.close()
 
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
 
 def _read_lines(path: Path) -> list[dict]:
     """The complete lines of a JSONL file; a line cut off by a crash is left out."""

@@ -70,11 +70,12 @@ def prepare(config: ConfigDict, workdir: Path) -> Data:
     return Data(everything, splits, tok, encoded, counts)
 
 
-def pretraining(config: ConfigDict, tok: tokenizer.Tokenizer) -> encode.Encoded:
-    """Plain text for base runs, in windows of `data.max_length` tokens."""
-    source = config.data.pretrain
+def plain_text(config: ConfigDict, tok: tokenizer.Tokenizer, name: str) -> encode.Encoded:
+    """Plain text in windows of `data.max_length` tokens: `pretrain` for base runs, `lm` for a language-model term."""
+    source = config.data[name]
     if not source.path:
-        raise ConfigError("a base is to be pre-trained, but data.pretrain.path is empty")
+        why = {"pretrain": "a base is to be pre-trained", "lm": "an objective's lm_coef is above 0"}[name]
+        raise ConfigError(f"{why}, but data.{name}.path is empty")
     frame = records.load(source.path, text_unit=source.text_unit, limit=source.limit or None, seed=config.seed)
     return encode.encode(frame, tok, **(_encoding(config) | {"template": "text"}))
 
@@ -89,8 +90,8 @@ def _load(config: ConfigDict) -> tuple[pd.DataFrame, dict[str, int]]:
     sources = {"data.path": data.path, "data.dataset": data.dataset, "data.synthetic.records": data.synthetic.records}
     if sum(map(bool, sources.values())) != 1:
         raise ConfigError(f"exactly one of {', '.join(sources)} must be set, not {sources}")
-    if min(data.limit, data.max_chars, data.pretrain.limit) < 0:
-        raise ConfigError("data.limit, data.max_chars and data.pretrain.limit must not be negative")
+    if min(data.limit, data.max_chars, data.pretrain.limit, data.lm.limit) < 0:
+        raise ConfigError("data.limit, data.max_chars, data.pretrain.limit and data.lm.limit must not be negative")
     if data.synthetic.records:
         frame = synthetic.generate(data.synthetic.records, overlap=data.synthetic.overlap, seed=config.seed)
     else:

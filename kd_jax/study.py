@@ -8,13 +8,16 @@ import hashlib
 from pathlib import Path
 
 import jax
+import pandas as pd
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from kd_jax import checkpoint, graph, hf, manifest, prepare, sharding, train
+from kd_jax import checkpoint, graph, hf, manifest, prepare, sharding, train, utility
 from kd_jax import score as scoring
 from kd_jax.data import tokenizer
+from kd_jax.distill.objective import Objective
 from kd_jax.errors import ConfigError
+from kd_jax.generate import Sampling
 from kd_jax.graph import Run
 from kd_jax.transformer import ModelConfig, Transformer
 
@@ -45,7 +48,9 @@ class Study:
 
 def open_study(config: ConfigDict, workdir: Path, mesh: Mesh, only: str = "") -> Study:
     """Check the graph, recipes and models of a config, then prepare its data. Errors come before any training."""
-    runs = {r.name: r for r in graph.parse(config.runs.to_dict(), set(config.models), set(config.recipes))}
+    techniques = {name: objective.technique for name, objective in config.objectives.items()}
+    parsed = graph.parse(config.runs.to_dict(), set(config.models), set(config.recipes), techniques)
+    runs = {r.name: r for r in parsed}
     if only and only not in runs:
         raise ConfigError(f"--only={only}: no such run; runs: {sorted(runs)}")
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -55,17 +60,62 @@ def open_study(config: ConfigDict, workdir: Path, mesh: Mesh, only: str = "") ->
                 f"recipes.{run.recipe}: {rows} rows of a micro-batch do not divide over {shards} devices "
                 "(mesh.data x mesh.fsdp); change batch_rows, accumulation or mesh.tensor"
             )
+        objective_of(config, run)
     if config.attack.headline not in runs:
         raise ConfigError(f"attack.headline is {config.attack.headline!r}, which is not a run; runs: {sorted(runs)}")
     study = Study(config, workdir, mesh, prepare.prepare(config, workdir), runs, only)
     scoring_spec(study)
+    sampling_spec(study)
     for name in config.models:
         _check_model(study, name)
     return study
 
 
 def recipe_of(config: ConfigDict, run: Run) -> train.Recipe:
-    return train.Recipe(**config.recipes[run.recipe].to_dict())
+    plain = config.recipes[run.recipe].to_dict()
+    return train.Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()})
+
+
+def objective_of(config: ConfigDict, run: Run) -> Objective:
+    return Objective(**config.objectives[run.objective_name].to_dict())
+
+
+def sampling_spec(study: Study) -> Sampling:
+    """How answers are decoded where utility is measured."""
+    u = study.config.utility
+    return Sampling(
+        temperature=u.temperature,
+        top_k=u.top_k,
+        top_p=u.top_p,
+        max_new_tokens=u.max_new_tokens or study.config.data.max_length,
+        no_repeat_ngram=u.no_repeat_ngram,
+    )
+
+
+def answer_set(study: Study, model: Transformer, name: str, *, seeds: tuple[int, ...], limit: int) -> pd.DataFrame:
+    """ROUGE of a model's answers to a role's prompts, or to those of a file that `utility.files` names.
+
+    One row per example and sampling seed, see `utility.evaluate`.
+    """
+    data, files = study.config.data, study.config.utility.files
+    if name in files:
+        keys = ("template", "bos", "max_length", "max_prompt", "long_prompt", "joint")
+        settings = {k: data[k] for k in keys}
+        encoded, references = utility.instruction_set(files[name], study.data.tokenizer, **settings)
+    else:
+        encoded, references = study.data.of_role(name), utility.own_references(study.data.frame)
+    return utility.evaluate(
+        model,
+        encoded,
+        references,
+        sampling_spec(study),
+        seeds=seeds,
+        tokenizer=study.data.tokenizer,
+        vocab=study.vocab,
+        mesh=study.mesh,
+        limit=limit,
+        total_length=data.max_length,
+    )
 
 
 def scoring_spec(study: Study) -> scoring.Scoring:
@@ -141,6 +191,16 @@ def load_run(study: Study, name: str, seed: int) -> Transformer:
         sharding.shardings(abstract, study.mesh),
     )
     return checkpoint.load_params(folder / "params", placed)
+
+
+def named_files(config: ConfigDict) -> dict[str, str]:
+    """Files and folders that the config names, by key."""
+    named = {"data.path": config.data.path, "data.pretrain.path": config.data.pretrain.path}
+    named |= {"data.lm.path": config.data.lm.path}
+    named |= {f"utility.files.{name}": path for name, path in config.utility.files.items()}
+    named |= {f"models.{name}.path": model.path for name, model in config.models.items()}
+    named |= {f"tokenizer.{key}": config.tokenizer[key] for key in ("path", "vocab", "merges", "json")}
+    return {key: path for key, path in named.items() if path}
 
 
 @functools.lru_cache(maxsize=1)

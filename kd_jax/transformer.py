@@ -9,6 +9,7 @@ Legend: B batch, T time, N heads, K key/value heads, G heads per key/value head,
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -17,6 +18,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from kd_jax.head import Head
+from kd_jax.lora import Adapted, with_dropout
+
+Segment = list[tuple[jax.Array, jax.Array]]  # keys and values [B, K, S, H] of S slots, one pair per layer
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -176,6 +180,7 @@ class Transformer(nnx.Module):
         *,
         dtype: DTypeLike = jnp.float32,
         remat: bool = False,
+        dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """The states that enter the head, [B, T, E] in `dtype`, after the final norm and projection.
 
@@ -184,42 +189,97 @@ class Transformer(nnx.Module):
         What stands on padding does not matter; elsewhere, a token or learned position beyond its table gives NaN.
         remat: keep nothing but each layer's input for the backward pass; otherwise the results of weight matmuls are
         kept too, and what is cheap (norms, activations, attention weights) is computed again.
+        dropout_key: where given, adapters (`kd_jax/lora.py`) drop inputs; a model without them takes no notice.
         """
-        cfg = self.cfg
-        rows, time = tokens.shape
         tokens, positions = (jnp.where(segment_ids == 0, 0, array) for array in (tokens, positions))
-        # Weights meet [B*T, D]: XLA's CPU matmul is about twice as fast on it as on [B, T, D].
-        x = lookup(self.embed, tokens.reshape(-1), dtype)
-        if self.project_in is not None:
-            x = dense(x, self.project_in.weight)
-        rotation = None
-        if self.positions is not None:
-            x = x + lookup(self.positions, positions.reshape(-1) + cfg.position_offset, dtype)
-        else:
-            rotation = rotation_of(positions, cfg)
+        x, rotation = self.enter(tokens, positions, dtype)
         mask = attention_mask(segment_ids)
 
         def layer(x, block):
-            return apply_block(cfg, block, x, rotation, mask), None
+            return apply_block(
+                self.cfg, block, x, rotation, tokens.shape, lambda q, k, v: (attend(q, k, v, mask), None)
+            )
 
         # Attention weights are T/H times the size of what they mix: to keep them costs more time on a CPU, and more
         # memory anywhere, than to compute them twice.
         policies = jax.checkpoint_policies
         keep = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
-        x, _ = jax.lax.scan(jax.checkpoint(layer, policy=keep, prevent_cse=False), x, self.blocks)
+        blocks = self.blocks if dropout_key is None else with_dropout(self.blocks, dropout_key)
+        x, _ = jax.lax.scan(jax.checkpoint(layer, policy=keep, prevent_cse=False), x, blocks)
+        return self.leave(x).reshape(*tokens.shape, -1)
+
+    def prefill(
+        self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, *, dtype: DTypeLike = jnp.float32
+    ) -> tuple[jax.Array, Segment]:
+        """`hidden`, and the keys and values of all tokens, as the first segment of the cache of `decode`."""
+        x, rotation = self.enter(tokens, positions, dtype)
+        mask = attention_mask(segment_ids)
+
+        def layer(x, block):
+            return apply_block(
+                self.cfg, block, x, rotation, tokens.shape, lambda q, k, v: (attend(q, k, v, mask), (k, v))
+            )
+
+        x, kept = jax.lax.scan(layer, x, self.blocks)
+        k, v = (cache.transpose(0, 1, 3, 2, 4) for cache in kept)
+        return self.leave(x).reshape(*tokens.shape, -1), [(k[i], v[i]) for i in range(self.cfg.layers)]
+
+    def decode(
+        self,
+        layers: list[Blocks],
+        tokens: jax.Array,
+        positions: jax.Array,
+        cache: list[Segment],
+        seen: list[jax.Array],
+        slot: jax.Array,
+        *,
+        dtype: DTypeLike = jnp.float32,
+    ) -> tuple[jax.Array, Segment]:
+        """One more token of every row: the states [B, E] that enter the head, and the last segment with that token.
+
+        layers: `split_layers(blocks)`. tokens, positions: int32 [B]. cache: segments in any number, each of one (k, v)
+        [B', K, S, H] per layer; rows i*B/B' to (i+1)*B/B' share row i of a segment. seen: bool [B, S] per segment, the
+        slots that a row attends to; among them `slot` (int32 scalar) of the last segment, where this token goes.
+        """
+        x, rotation = self.enter(tokens[:, None], positions[:, None], dtype)
+        grown = []
+        for layer, block in enumerate(layers):
+            *before, last = [segment[layer] for segment in cache]
+
+            def attend(q, k, v, before=before, last=last):
+                new = tuple(
+                    jax.lax.dynamic_update_slice_in_dim(old, x.transpose(0, 2, 1, 3), slot, axis=2)
+                    for old, x in zip(last, (k, v))
+                )
+                return decode_attention(q, [*before, new], seen), new
+
+            x, kept = apply_block(self.cfg, block, x, rotation, (tokens.shape[0], 1), attend)
+            grown.append(kept)
+        return self.leave(x), grown
+
+    def enter(self, tokens: jax.Array, positions: jax.Array, dtype: DTypeLike):
+        """The residual stream [B*T, D] before the first layer, and the rotation of `positions` (or None)."""
+        # Weights meet [B*T, D]: XLA's CPU matmul is about twice as fast on it as on [B, T, D].
+        x = lookup(self.embed, tokens.reshape(-1), dtype)
+        if self.project_in is not None:
+            x = dense(x, self.project_in.weight)
+        if self.positions is None:
+            return x, rotation_of(positions, self.cfg)
+        return x + lookup(self.positions, positions.reshape(-1) + self.cfg.position_offset, dtype), None
+
+    def leave(self, x: jax.Array) -> jax.Array:
+        """The states [B*T, E] that enter the head, from the residual stream after the last layer."""
         if self.final_norm is not None:
-            x = apply_norm(cfg, self.final_norm, x)
-        if self.project_out is not None:
-            x = dense(x, self.project_out.weight)
-        return x.reshape(rows, time, cfg.embed_dim)
+            x = apply_norm(self.cfg, self.final_norm, x)
+        return x if self.project_out is None else dense(x, self.project_out.weight)
 
 
 def lookup(table: Table, index: jax.Array, dtype: DTypeLike) -> jax.Array:
     return jnp.take(table.weight[...], index, axis=0, mode="fill").astype(dtype)
 
 
-def dense(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
-    y = x @ weight.astype(x.dtype)
+def dense(x: jax.Array, weight: nnx.Param | Adapted, bias: nnx.Param | None = None) -> jax.Array:
+    y = weight(x) if isinstance(weight, Adapted) else x @ weight.astype(x.dtype)
     return y if bias is None else y + bias.astype(x.dtype)[None]
 
 
@@ -266,22 +326,26 @@ def apply_norm(cfg: ModelConfig, norm: Norm, x: jax.Array) -> jax.Array:
     return y.astype(x.dtype)
 
 
-def apply_block(cfg: ModelConfig, block: Blocks, x: jax.Array, rotation, mask: jax.Array) -> jax.Array:
-    """One layer on the residual stream x [B*T, D]."""
+def apply_block(cfg: ModelConfig, block: Blocks, x: jax.Array, rotation, shape: tuple[int, int], attend: Callable):
+    """One layer on the residual stream x [B*T, D], `shape` (B, T): the new stream, and what `attend` keeps.
+
+    `attend(q [B, T, N, H], k [B, T, K, H], v) -> (y [B, T, N, H], kept)` is the attention itself.
+    """
     norm1 = functools.partial(apply_norm, cfg, block.norm1)
     norm2 = functools.partial(apply_norm, cfg, block.norm2)
-    attend = functools.partial(apply_attention, cfg, block.attn, rotation=rotation, mask=mask)
     mlp = functools.partial(apply_mlp, cfg, block.mlp)
+    reads_norm = cfg.parallel_residual or cfg.norm_placement == "pre"
+    y, kept = apply_attention(cfg, block.attn, norm1(x) if reads_norm else x, rotation, shape, attend)
     if cfg.parallel_residual:
-        return x + attend(norm1(x)) + mlp(norm2(x))
+        return x + y + mlp(norm2(x)), kept
     if cfg.norm_placement == "pre":
-        x = x + attend(norm1(x))
-        return x + mlp(norm2(x))
+        x = x + y
+        return x + mlp(norm2(x)), kept
     if cfg.norm_placement == "post":
-        x = norm1(x + attend(x))
-        return norm2(x + mlp(x))
-    x = x + norm1(attend(x))
-    return x + norm2(mlp(x))
+        x = norm1(x + y)
+        return norm2(x + mlp(x)), kept
+    x = x + norm1(y)
+    return x + norm2(mlp(x)), kept
 
 
 def apply_mlp(cfg: ModelConfig, mlp: Mlp, x: jax.Array) -> jax.Array:
@@ -291,9 +355,11 @@ def apply_mlp(cfg: ModelConfig, mlp: Mlp, x: jax.Array) -> jax.Array:
     return dense(inner, mlp.down, mlp.down_bias)
 
 
-def apply_attention(cfg: ModelConfig, attn: Attention, x: jax.Array, rotation, mask: jax.Array) -> jax.Array:
-    """Self-attention [B*T, D] -> [B*T, D]."""
-    rows, time = mask.shape[:2]
+def apply_attention(
+    cfg: ModelConfig, attn: Attention, x: jax.Array, rotation, shape: tuple[int, int], attend: Callable
+):
+    """Self-attention [B*T, D] -> [B*T, D], and what `attend` keeps."""
+    rows, time = shape
     q = dense(x, attn.q, attn.q_bias)
     k = dense(x, attn.k, attn.k_bias)
     v = dense(x, attn.v, attn.v_bias)
@@ -306,11 +372,42 @@ def apply_attention(cfg: ModelConfig, attn: Attention, x: jax.Array, rotation, m
         q, k = rms(q, attn.q_norm, cfg.norm_eps), rms(k, attn.k_norm, cfg.norm_eps)
     if rotation is not None:
         q, k = rotate(q, rotation), rotate(k, rotation)
+    y, kept = attend(q, k, v)
+    return dense(y.reshape(rows * time, -1), attn.o, attn.o_bias), kept
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """q [B, T, N, H]; k, v [B, T, K, H]; mask [B, T, T], causal -> [B, T, N, H]."""
     if jax.default_backend() == "cpu":
-        y = cpu_attention(q, k, v, mask)
-    else:
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
-    return dense(y.reshape(rows * time, -1), attn.o, attn.o_bias)
+        return cpu_attention(q, k, v, mask)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+
+
+def split_layers(blocks: Blocks, layers: int) -> list[Blocks]:
+    """The layers one by one: a scan over stacked weights would copy every one of them for every token of `decode`."""
+    return [jax.tree.map(lambda w, i=i: w[i], blocks) for i in range(layers)]
+
+
+def decode_attention(q: jax.Array, segments: list[tuple[jax.Array, jax.Array]], seen: list[jax.Array]) -> jax.Array:
+    """One query per row over several segments: q [B, 1, N, H]; k, v [B', K, S, H]; seen [B, S] -> [B, 1, N, H]."""
+    B, _, N, H = q.shape
+    q = q.reshape(B, N, H) * H**-0.5
+    scores = []
+    for (k, _), mask in zip(segments, seen):
+        shared, K = B // k.shape[0], k.shape[1]
+        queries = q.reshape(-1, shared, K, N // K, H).swapaxes(1, 2).reshape(-1, K, shared * N // K, H)
+        s = jnp.einsum("bkgh,bksh->bkgs", queries, k, preferred_element_type=jnp.float32)
+        s = s.reshape(-1, K, shared, N // K, s.shape[-1]).swapaxes(1, 2).reshape(B, N, -1)
+        scores.append(jnp.where(mask[:, None], s, -1e30))
+    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(q.dtype)
+    y, start = 0.0, 0
+    for _, v in segments:
+        shared, K, S = B // v.shape[0], v.shape[1], v.shape[2]
+        w = weights[:, :, start : start + S].reshape(-1, shared, K, N // K, S).swapaxes(1, 2)
+        out = jnp.einsum("bkgs,bksh->bkgh", w.reshape(-1, K, shared * N // K, S), v)
+        y = y + out.reshape(-1, K, shared, N // K, H).swapaxes(1, 2).reshape(B, 1, N, H)
+        start += S
+    return y
 
 
 def cpu_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

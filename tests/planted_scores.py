@@ -156,6 +156,45 @@ class World:
         pd.concat(splits).to_parquet(text / "splits.parquet")
         np.savez(text / "token_counts.npz", counts=np.arange(VOCAB))
 
+    # --- what stands beside the score tables -------------------------------------------------------------------------
+
+    def write_generated(
+        self, run: str, name: str, quality: float, seed: int = 0, n: int = 60, samples: int = 3
+    ) -> None:
+        """ROUGE of generated responses. quality: mean ROUGE-L in [0, 1]."""
+        each = np.clip(quality + 0.1 * self.rng.normal(size=n), 0, 1)
+        rows = [
+            {"example_id": f"{name}-{i:04d}", "task": "open_qa", "seed": k, "n_tokens": int(self.rng.integers(5, 40))}
+            | {"rouge_1": min(1.1 * f, 1), "rouge_2": 0.5 * f, "rouge_l": f, "ended": True}
+            for k in range(samples)
+            for i, f in enumerate(np.clip(each + 0.05 * self.rng.normal(size=n), 0, 1))
+        ]
+        told = {"run": run, "seed": str(seed), "variant": "generated"}
+        path = self.folder / run / f"seed{seed}" / "generated" / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(told), path)
+
+    def write_ledger(self, run: str, shares: dict[str, float], seed: int = 0, n: int = 200, private: int = 0) -> None:
+        """Uses of n prompts. shares: of the prompts, by source; private: how many of them are members."""
+        sources = np.repeat(list(shares), [round(n * share) for share in shares.values()])
+        own = np.isin(sources, ["student", "mixed"])
+        frame = pd.DataFrame(
+            {
+                "example_id": [f"prompt-{i:04d}" for i in range(len(sources))],
+                "role": np.where(np.arange(len(sources)) >= len(sources) - private, "private", "public"),
+                "loss": "ce+kd",
+                "source": sources,
+                "replayed": own & (np.arange(len(sources)) % 2 == 0),
+                "times": 2,
+                "tokens": 40,
+                "mean_age": np.where(own, 6.0, 0.0),
+                "max_age": np.where(own, 11, 0),
+                "first_step": 0,
+                "last_step": 90,
+            }
+        )
+        frame.to_parquet(self.folder / run / f"seed{seed}" / "ledger.parquet")
+
 
 def chain(
     folder: Path, *, members: int = 300, nonmembers: int = 300, seed: int = 0, student_seeds=(0,), leak: float = 0.3
@@ -180,6 +219,56 @@ def chain(
                 swap_of=f"students/{name}",
                 **told,
             )
+    world.write_text()
+    return world
+
+
+# Nats that each technique's student gives away: two are equal, one gives away nothing.
+STRENGTHS = {"kd": 0.5, "seqkd": 0.25, "imitkd": 0.25, "gkd": 0.12, "minillm": 0.0, "distillm": 0.5}
+POLICIES = {
+    "kd": ("dataset", "fkl", {"dataset": 1.0}),
+    "seqkd": ("teacher_offline", "ce", {"teacher": 1.0}),
+    "imitkd": ("replay", "fkl", {"dataset": 0.5, "student": 0.5}),
+    "gkd": ("student", "jsd", {"dataset": 0.5, "student": 0.5}),
+    "minillm": ("mixed", "policy", {"mixed": 1.0}),
+    "distillm": ("adaptive", "sfkl", {"dataset": 0.8, "student": 0.2}),
+}
+
+
+def six(folder: Path, *, records: int = 300, seeds=(0, 1, 2), seed: int = 0, seed_sd: float = 0.02, setting="disjoint"):
+    """Six students of one setting with STRENGTHS, all that a run can leave beside its tables, null, direct, teacher.
+
+    seed_sd: nats by which a student's leak differs from seed to seed.
+    """
+    world = World(folder, {"private": records, "heldout": records, "dev": 80}, seed)
+    world.write("base_student", gain=-0.4, train_roles=[], init=None)
+    world.write("teacher", {"private": 1.2}, train_roles=["private"], init="base_teacher")
+    world.write("null")
+    world.write("direct", {"private": 0.9}, train_roles=["private"])
+    for number, (name, nats) in enumerate(STRENGTHS.items()):
+        policy, divergence, shares = POLICIES[name]
+        run = f"students/{name}"
+        for k in seeds:
+            told = {"technique": name, "setting": setting, "teacher": "teacher"}
+            told["objective"] = {"policy": policy, "divergence": divergence, "ce": 0.5}
+            told["training"] = {
+                "lr": 5e-4,
+                "grid": [{"lr": 1e-4, "dev_loss": 2.3}, {"lr": 5e-4, "dev_loss": 2.1}, {"lr": 2e-3, "dev_loss": None}],
+                "select": "last",
+                "selected_step": 90,
+                "steps": 90,
+                "response_tokens": 16_000,
+                "sources": {source: round(16_000 * share) for source, share in shares.items()},
+                "phi": 0.0 if name == "distillm" else None,
+                "warnings": ["it ended with phi = 0: no student sample was used"] if name == "distillm" else [],
+                "fidelity": "corrected",
+            }
+            leak = {"private": nats + seed_sd * world.rng.normal()}
+            world.write(run, leak, seed=k, gain=0.05 * (number % 3), **told)
+            for which, quality in (("dev", 0.2), ("self_instruct", 0.12)):
+                world.write_generated(run, which, quality + 0.02 * number, seed=k)
+            world.write_ledger(run, shares, seed=k, private=12)
+    world.write_generated("null", "dev", 0.18)
     world.write_text()
     return world
 

@@ -15,7 +15,8 @@ from sklearn.metrics import roc_auc_score
 
 from attacks import audit as audit_module
 from attacks.audit import COLUMNS, audit
-from attacks.gates import SEPARATED, SPLIT_LEAKS, UNDERTRAINED
+from attacks.gates import SEPARATED, SPLIT_LEAKS
+from attacks.utility import UNDERTRAINED
 
 KD = {"headline_model": "students/kd"}
 
@@ -43,8 +44,8 @@ def test_columns_and_files(experiment):
     roc = pd.read_parquet(out / "roc.parquet")
     assert list(roc.columns) == ["model", "attack", "role_pair", "seed", "fpr", "tpr"]
     assert " ".join(summary) == (
-        "title headline sentence comparison worst verdicts warnings not_tested unresolved "
-        "runs unit data run_settings versions canaries"
+        "title headline sentence comparison worst verdicts ranking warnings not_tested unresolved "
+        "runs unit data run_settings versions canaries ledger"
     )
     assert summary == json.loads((out / "summary.json").read_text())
     assert "260," in (out / "membership.csv").read_text() and "260.0" not in (out / "membership.csv").read_text()
@@ -143,7 +144,8 @@ def test_headline_and_sentence(experiment):
 
 def test_one_seed_gives_no_ranking(experiment):
     summary = experiment[3]
-    assert any("One seed gives no ranking" in v for v in summary["verdicts"])
+    assert "One seed ranks nothing." in summary["verdicts"]
+    assert [r["separated"] for r in summary["ranking"]] == [None]
     assert not any("leaks more than" in v for v in summary["verdicts"])
     assert any(w.startswith("One seed for") and "students/kd" in w for w in summary["warnings"])
 

@@ -6,7 +6,7 @@ from configs import base
 from kd_jax import graph, manifest
 from kd_jax.errors import ConfigError
 
-MODELS, RECIPES = {"teacher", "student"}, {"matched"}
+CONFIG = {"teacher", "student"}, {"matched"}, {"sft": "sft", "kd": "kd", "cui": "kd"}
 
 
 def standard(**changes) -> dict:
@@ -17,13 +17,13 @@ def standard(**changes) -> dict:
 
 
 def test_every_run_comes_after_what_it_needs_and_the_first_verdict_first():
-    order = [r.name for r in graph.parse(standard(), MODELS, RECIPES)]
+    order = [r.name for r in graph.parse(standard(), *CONFIG)]
     assert order[:4] == ["base_teacher", "base_student", "teacher", "null"]
     assert order.index("swap") < order.index("swap_students/kd") and set(order) == set(standard())
 
 
 def test_seeds_of_a_dependency():
-    runs = {r.name: r for r in graph.parse(standard(**{"students/kd": {"seeds": (0, 1, 2)}}), MODELS, RECIPES)}
+    runs = {r.name: r for r in graph.parse(standard(**{"students/kd": {"seeds": (0, 1, 2)}}), *CONFIG)}
     assert runs["teacher"].seed_for(2) == 0 and runs["students/kd"].seed_for(2) == 2
 
 
@@ -33,7 +33,10 @@ def test_seeds_of_a_dependency():
         ({"null": {"model": "tiny"}}, "runs.null: model 'tiny' is not one of"),
         ({"null": {"technique": "dpo"}}, "technique 'dpo' is not one of"),
         ({"students/kd": {"teacher": "professor"}}, "runs.students/kd.teacher names 'professor', which is not a run"),
-        ({"students/kd": {"teacher": ""}}, "a teacher belongs to technique kd"),
+        ({"students/kd": {"teacher": ""}}, "a distilled run has a teacher"),
+        ({"null": {"teacher": "teacher"}}, "a distilled run has a teacher, and no other run"),
+        ({"students/kd": {"objective": "best"}}, "objective 'best' is not one of"),
+        ({"null": {"objective": "cui"}}, "objective 'cui' is of technique 'kd', the run of 'sft'"),
         ({"students/kd": {"train_roles": ("private",)}}, "setting disjoint, but trains on private"),
         ({"students/kd": {"recipe": "best"}}, "recipe 'best' is not one of"),
         ({"null": {"train_roles": ()}}, "train_roles is empty"),
@@ -45,7 +48,7 @@ def test_seeds_of_a_dependency():
 )
 def test_a_wrong_graph_is_refused_by_run_and_key(changes, message):
     with pytest.raises(ConfigError, match=message):
-        graph.parse(standard(**changes), MODELS, RECIPES)
+        graph.parse(standard(**changes), *CONFIG)
 
 
 def test_finished_work_is_skipped_and_other_inputs_are_refused(tmp_path):

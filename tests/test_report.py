@@ -248,7 +248,7 @@ def test_the_page_says_what_an_audit_must_say_and_the_headline_comes_first(full)
 def test_the_page_stands_alone_and_its_links_lead_somewhere(full):
     html = Page(full.read_text())
     assert "script" not in html.tags and "link" not in html.tags
-    assert len(html.images) == 5 and all(image["alt"] for image in html.images)
+    assert len(html.images) == 6 and all(image["alt"] for image in html.images)  # a heat map for each setting
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in html.links)
     assert {link[1:] for link in html.links if link[0] == "#"} <= set(html.ids)
     assert len(html.ids) == len(set(html.ids))
@@ -280,7 +280,7 @@ def test_what_cannot_be_resolved_is_said_with_its_reason(full):
 def test_every_table_of_leaks_names_setting_seed_counts_and_utility(full):
     tables = re.findall(r"<thead>.*?</thead>", full.read_text())
     leaks = [t for t in tables if ">AUC<" in t or "Difference" in t]
-    assert len(leaks) == 6
+    assert len(leaks) == 11  # leaks and attacks for none, disjoint and shared; tasks, canaries twice; differences twice
     for head in leaks:
         assert all(f">{c}<" in head for c in ("Setting", "Members / non-members", "Seed", "Roles"))
         assert "Dev loss" in head
@@ -358,7 +358,14 @@ def test_several_seeds_speak_through_their_mean(tmp_path):
     assert "3 seeds (0, 1, 2)" in text and "The same for every seed" in text and "over seeds and examples." in text
     rows = results.leaks(["null", STUDENT], attack="loss")
     assert list(rows["seed"]) == ["all", "all"] and list(rows["model"]) == ["null", STUDENT]
-    assert list(draw_all(results)) == ["chain", "students", "roc", "heatmap", "tasks"]
+    assert list(draw_all(results)) == [
+        "chain",
+        "roc",
+        "heatmap-none",
+        "heatmap-disjoint",
+        "heatmap-shared",
+        "tasks",
+    ]
 
 
 def test_a_headline_on_both_worlds_takes_the_averaged_row_where_there_is_one(tmp_path):

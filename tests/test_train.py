@@ -11,7 +11,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from kd_jax import checkpoint, optim, sharding, train
+from kd_jax import checkpoint, loop, lora, optim, sharding, train
+from kd_jax.distill import feeds
+from kd_jax.distill.objective import PRESETS
 from kd_jax.transformer import ModelConfig, Transformer
 
 VOCAB = 64
@@ -28,7 +30,9 @@ def batch(rows=8, length=16, seed=0) -> dict[str, np.ndarray]:
     positions = np.concatenate([np.arange(10), np.arange(length - 10)])
     segments = np.repeat([1, 2], [10, length - 10])
     mask = (positions >= 3) & (np.arange(length) != 9) & (np.arange(length) != length - 1)
+    example = np.arange(rows)[:, None] * 2 + (segments - 1)
     return dict(
+        example=example.astype(np.int32),
         tokens=rng.integers(0, VOCAB, (rows, length)).astype(np.int32),
         targets=rng.integers(0, VOCAB, (rows, length)).astype(np.int32),
         segment_ids=np.tile(segments, (rows, 1)).astype(np.int32),
@@ -37,7 +41,12 @@ def batch(rows=8, length=16, seed=0) -> dict[str, np.ndarray]:
     )
 
 
-RECIPE = train.Recipe(lr=1e-2, kd_ratio=0.5, student_T=2.0, teacher_T=2.0, batch_rows=8, chunk=8)
+RECIPE = train.Recipe(lr=1e-2, batch_rows=8, chunk=8)
+OBJECTIVE = PRESETS["cui"]  # kd_ratio 0.5, T = 2
+
+
+def micro_batches(data, accumulation=1) -> dict[str, np.ndarray]:
+    return feeds.split_rows(data | {"ce_mask": data["loss_mask"]}, len(data["tokens"]) // accumulation)
 
 
 def one_step(recipe, data, mesh=None, teacher=True):
@@ -51,10 +60,11 @@ def one_step(recipe, data, mesh=None, teacher=True):
         student, taught_by = place(Transformer(model_config(), jax.random.key(0))), None
         if teacher:
             taught_by = place(Transformer(model_config(width=48), jax.random.key(1)))
-        state = train.init_state(student, tx, jax.random.key(2), mesh)
-        step = jax.jit(train.make_train_step(tx, recipe, VOCAB, teacher))
-        placed = sharding.place_batch(train._split(data, recipe.accumulation), mesh, leading=1)
-        state, metrics = step(state, taught_by, placed)
+        student, frozen = lora.split(student)
+        state = loop.init_state(student, tx, jax.random.key(2), mesh)
+        step = jax.jit(train.make_train_step(tx, recipe, OBJECTIVE, VOCAB, teacher))
+        placed = sharding.place_batch(micro_batches(data, recipe.accumulation), mesh, leading=1)
+        state, metrics = step(state, frozen, taught_by, placed)
         return jax.device_get(metrics), dict(
             zip(sharding.names(state.model), jax.device_get(jax.tree.leaves(state.model)))
         )
@@ -151,16 +161,16 @@ def test_bfloat16_compute_stays_near_float32_and_keeps_float32_masters():
 def test_a_step_teaches(check):
     """Distilling from a teacher on fixed tokens moves the divergence towards 0."""
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    recipe = dataclasses.replace(RECIPE, kd_ratio=1.0)
     with jax.set_mesh(mesh):
         tx = optim.optimizer(optax.constant_schedule(1e-2), b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip=0.0)
         teacher = jax.tree.map(lambda x: 5 * x, Transformer(model_config(), jax.random.key(1)))
-        state = train.init_state(Transformer(model_config(), jax.random.key(0)), tx, jax.random.key(2), mesh)
-        step = jax.jit(train.make_train_step(tx, recipe, VOCAB, True))
-        data = sharding.place_batch(train._split(batch(), 1), mesh, leading=1)
+        student, frozen = lora.split(Transformer(model_config(), jax.random.key(0)))
+        state = loop.init_state(student, tx, jax.random.key(2), mesh)
+        step = jax.jit(train.make_train_step(tx, RECIPE, PRESETS["kd"], VOCAB, True))
+        data = sharding.place_batch(micro_batches(batch()), mesh, leading=1)
         kd = []
         for _ in range(60):
-            state, metrics = step(state, teacher, data)
+            state, metrics = step(state, frozen, teacher, data)
             kd.append(float(metrics["kd"]))
     assert kd[-1] < 0.05 * kd[0]
 
@@ -181,16 +191,22 @@ def grain_batches():
     return iter(grain.MapDataset.source(Source()).to_iter_dataset())
 
 
+def task(folder, steps, label="test", evaluate=lambda model: {"eval/dev_loss": 0.0}) -> loop.Task:
+    data = grain_batches()
+    feed = feeds.DataFeed(None, data, feeds.Shapes(8, 16, 16, True))
+    return loop.Task(label, folder, steps, feed, evaluate, {"data": data})
+
+
 def fit(folder, steps):
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        task = train.Task("test", folder, steps, grain_batches(), lambda model: {"eval/zero": 0.0})
         recipe = dataclasses.replace(RECIPE, checkpoints=4, evaluations=1)
         student, teacher = (
             Transformer(model_config(), jax.random.key(0)),
             Transformer(model_config(48), jax.random.key(1)),
         )
-        return train.fit(student, teacher, recipe, task, vocab=VOCAB, rng=jax.random.key(5), mesh=mesh)
+        settings = dict(vocab=VOCAB, rng=jax.random.key(5), mesh=mesh)
+        return loop.fit(student, teacher, recipe, OBJECTIVE, task(folder, steps), **settings).model
 
 
 def test_an_interrupted_run_resumes_bit_exactly(tmp_path, monkeypatch):
@@ -221,9 +237,9 @@ def test_a_diverging_run_stops_with_the_step_and_the_checkpoint(tmp_path):
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         broken = jax.tree.map(lambda x: x * jnp.nan, Transformer(model_config(), jax.random.key(0)))
-        task = train.Task("students/kd", tmp_path, 12, grain_batches(), lambda model: {})
         with pytest.raises(FloatingPointError, match="students/kd.*step 0"):
-            train.fit(broken, None, RECIPE, task, vocab=VOCAB, rng=jax.random.key(5), mesh=mesh)
+            settings = dict(vocab=VOCAB, rng=jax.random.key(5), mesh=mesh)
+            loop.fit(broken, None, RECIPE, PRESETS["sft"], task(tmp_path, 12, "students/kd"), **settings)
 
 
 def test_a_checkpoint_restores_on_another_mesh(tmp_path):
@@ -275,7 +291,9 @@ def test_no_decay_on_biases_and_norms():
 @pytest.mark.parametrize(
     "change",
     [
-        dict(kd_ratio=1.5),
+        dict(select="best"),
+        dict(lr_grid=(1e-3, 0.0)),
+        dict(lora_rank=4, lora_targets=("query",)),
         dict(compute_dtype="fp16"),
         dict(batch_rows=6, accumulation=4),
         dict(schedule="exponential"),

@@ -5,7 +5,7 @@ from pathlib import Path
 from string import Template
 
 from attacks.report import sections
-from attacks.report.figures import Picture, tagged
+from attacks.report.drawing import Picture, tagged
 from attacks.report.markup import (
     Html,
     counted,
@@ -43,7 +43,8 @@ def page(results: Results, pictures: dict[str, Picture], show_canaries: bool) ->
     body = sections.all_sections(results, pictures, show_canaries)
     links = [("how", "How to read this"), *((k, title) for k, (title, _) in body.items()), ("glossary", "Glossary")]
     notes = [tag("li", w, css="warning") for w in s.get("warnings") or []]
-    notes += [tag("li", v) for v in s.get("verdicts") or []]
+    told_below = {words for r in s.get("ranking") or [] if len(r["words"]) > 1 for words in r["words"]}
+    notes += [tag("li", v) for v in s.get("verdicts") or [] if v not in told_below]
     setting = results.setting_words([results.headline["model"]])
     chips = [setting, _seeds(results), f"unit of privacy: {s.get('unit') or 'not stated'}"]
     layout = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))

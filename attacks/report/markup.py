@@ -6,7 +6,7 @@ from html import escape
 
 import numpy as np
 
-from attacks.report.figures import Picture
+from attacks.report.drawing import Picture
 
 NBSP = "\N{NO-BREAK SPACE}"
 
@@ -80,6 +80,15 @@ def measured(value: float, low: float, high: float, *, percent: bool = False) ->
     scale, digits, unit = (100, 1, NBSP + "%") if percent else (1, 3, "")
     v, a, b = (signed(scale * x if finite(x) else None, digits) for x in (value, low, high))
     return join(v, unit, " ", tag("span", f"[{a}, {b}]" if a and b else "[no interval]", css="ci"))
+
+
+def short_measured(value: float, low: float, high: float) -> Html:
+    """`0.56 [0.53, 0.60]` or `23.4 [22.1, 24.8]`: for tables with many numbers in a row."""
+    if not finite(value):
+        return tag("span", "not computed", css="none")
+    digits = 2 if abs(value) < 2 else 1
+    v, a, b = (signed(x, digits) for x in (value, low, high))
+    return join(v, " ", tag("span", f"[{a}, {b}]", css="ci")) if a and b else text(v)
 
 
 def counted(members: float, nonmembers: float) -> str:

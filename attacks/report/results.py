@@ -19,6 +19,7 @@ COLUMNS = {
     "roc.parquet": "model attack role_pair seed fpr tpr",
 }
 KINDS = ("base_student", "base_teacher", "reference", "null", "swap", "swap_student", "student", "direct", "teacher")
+TECHNIQUES = ("kd", "seqkd", "imitkd", "gkd", "minillm", "distillm")
 MAIN_PAIR = "private-heldout"
 
 
@@ -28,9 +29,11 @@ def kind(model: str) -> str:
 
 
 def in_order(models) -> list[str]:
-    """Models in the order of the story: bases, null, swap, students, direct, teacher; by name within a kind."""
-    rank = {name: i for i, name in enumerate(KINDS)}
-    return sorted(set(models), key=lambda m: (rank.get(kind(m), len(KINDS)), m))
+    """Models in the order of the story: bases, null, swap, students by technique, direct, teacher; then by name."""
+    kinds = {name: i for i, name in enumerate(KINDS)}
+    techniques = {name: i for i, name in enumerate(TECHNIQUES)}
+    named = lambda m: techniques.get(m.partition("/")[2], len(techniques))
+    return sorted(set(models), key=lambda m: (kinds.get(kind(m), len(kinds)), named(m), m))
 
 
 def pooled(frame: pd.DataFrame) -> pd.DataFrame:
@@ -74,12 +77,38 @@ class Results:
     def chain(self) -> list[str]:
         """The models of the card's picture: null or reference, swap, the audited one and its swap, direct, teacher."""
         student = self.headline["model"]
-        twin = student.replace("students/", "swap_students/", 1)
+        twin = self.swap_of.get(student)
         return [m for m in self.models if m in ("reference", "null", "swap", twin, student, "direct", "teacher")]
 
     @cached_property
     def runs(self) -> dict[str, dict]:
         return {run["model"]: run for run in self.summary.get("runs") or []}
+
+    @cached_property
+    def techniques(self) -> dict[str, list[str]]:
+        """Setting -> its students, where there are several, in the order of the techniques and never of their leak."""
+        students = [m for m in self.models if kind(m) == "student"]
+        groups = {s: [m for m in students if self.settings[m] == s] for s in sorted(set(self.settings.values()))}
+        return {setting: group for setting, group in groups.items() if len(group) > 1}
+
+    def apart(self, frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+        """Rows (with a `model`) by setting, with words for a caption: two settings never share a table or a picture.
+
+        Where there is one setting only, its models stand with those that have none: all rows, and no words.
+        """
+        settings = frame["model"].map(self.settings).fillna("-")
+        if len(set(self.settings.values()) - {"-"}) < 2:
+            return [("", frame)] if len(frame) else []
+        words = {s: f"Setting: {s}. " if s != "-" else "Models of no setting. " for s in sorted(settings.unique())}
+        return [(said, frame[settings == s]) for s, said in words.items()]
+
+    @cached_property
+    def swap_of(self) -> dict[str, str]:
+        """Student -> the student of the swapped teacher, where there is one: as the run says, else by its name."""
+        found = {
+            m: self.runs.get(m, {}).get("swap") or m.replace("students/", "swap_students/", 1) for m in self.models
+        }
+        return {m: twin for m, twin in found.items() if kind(m) == "student" and twin != m and twin in self.models}
 
     @cached_property
     def settings(self) -> dict[str, str]:

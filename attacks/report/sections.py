@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
-from attacks.report.figures import Picture
+from attacks.report.drawing import Picture
 from attacks.report.markup import (
     Html,
     counted,
@@ -19,6 +19,7 @@ from attacks.report.markup import (
     measured,
     metric_name,
     p_value,
+    short_measured,
     signed,
     table,
     tag,
@@ -26,8 +27,10 @@ from attacks.report.markup import (
     verdict,
 )
 from attacks.report.results import MAIN_PAIR, Results, in_order, pooled
+from attacks.report.techniques import ledger_section, technique_sections
 
 CANARY_PAIR = "canary_in-canary_out"
+GRID = "grid_dev_loss"
 OVER = {"both": "seeds and examples"}
 CANARY_RULE = (
     "Chosen without a look at the models: canaries that went into the teacher's training data and not into the "
@@ -43,13 +46,15 @@ RUN_COLUMNS = {
 def all_sections(results: Results, pictures: dict[str, Picture], show_canaries: bool) -> dict[str, tuple[str, Html]]:
     """Anchor -> (title, content), in the order of the page; sections with nothing to say are left out."""
     found = {
-        "leaks": ("Leak by model", _leaks(results, pictures)),
+        **technique_sections(results, pictures),
+        "leaks": ("Leak by model", _leaks(results)),
         "roc": ("Few false alarms", figure(pictures.get("roc"))),
         "attacks": ("All attacks", _attacks(results, pictures)),
         "tasks": ("By task", _by_task(results, pictures)),
         "differences": ("Differences", _differences(results)),
         "gates": ("Gates", _gates(results)),
         "utility": ("Utility", _utility(results)),
+        "ledger": ("What the students were trained on", ledger_section(results)),
         "canaries": ("Canaries", _canaries(results, show_canaries)),
         "runs": ("Runs", _runs(results)),
         "settings": ("Data, settings, versions", _settings(results.summary)),
@@ -86,6 +91,11 @@ def _dev_loss(results: Results, model: str, seed: str) -> Html:
     return measured(*u.iloc[0][["value", "ci_low", "ci_high"]]) if len(u) else text("–")
 
 
+def _leak_tables(results: Results, frame: pd.DataFrame, caption: str) -> Html:
+    """One table, or one per setting."""
+    return join(*(_leak_table(results, part, said + caption) for said, part in results.apart(frame)))
+
+
 def _leak_table(results: Results, frame: pd.DataFrame, caption: str) -> Html:
     """One row per model, attack, role pair and seed; one column per metric; reasons for empty cells as footnotes."""
     present = set(frame["metric"])
@@ -118,15 +128,15 @@ def _leak_table(results: Results, frame: pd.DataFrame, caption: str) -> Html:
     return join(table(rows, caption, results.headline["model"]), *notes)
 
 
-def _leaks(results: Results, pictures: dict[str, Picture]) -> Html:
+def _leaks(results: Results) -> Html:
     attack, m = results.headline["attack"], results.membership
     m = m[(m["task"] == "all") & (m["role_pair"] != CANARY_PAIR) & (m["attack"] == attack)]
     if m.empty:
         return Html("")
     caption = "The audited model is tinted."
-    parts = [figure(pictures.get("students")), _leak_table(results, pooled(m), caption)]
+    parts = [_leak_tables(results, pooled(m), caption)]
     if m["seed"].nunique() > 1:
-        parts.append(folded("The same for every seed", _leak_table(results, m[m["seed"] != "all"], caption)))
+        parts.append(folded("The same for every seed", _leak_tables(results, m[m["seed"] != "all"], caption)))
     return join(*parts)
 
 
@@ -134,7 +144,10 @@ def _attacks(results: Results, pictures: dict[str, Picture]) -> Html:
     m = pooled(results.membership)
     m = m[(m["task"] == "all") & (m["role_pair"] != CANARY_PAIR)]
     caption = "Every attack on every model. Many comparisons, not corrected for their number."
-    parts = [figure(pictures.get("heatmap")), folded("Table of all attacks", _leak_table(results, m, caption))]
+    parts = [
+        *(figure(p) for name, p in pictures.items() if name.startswith("heatmap")),
+        folded("Table of all attacks", _leak_tables(results, m, caption)),
+    ]
     reasons = Counter(u["reason"] for u in results.summary.get("unresolved") or [])
     lines = [f"{number:,} value{'s' if number != 1 else ''}: {reason}" for reason, number in reasons.most_common()]
     return join(*parts, folded("What could not be computed, and why", listed(lines)) if lines else "")
@@ -169,9 +182,14 @@ def _differences(results: Results) -> Html:
         "(Holm) for all comparisons of its family."
     )
     parts = [tag("p", note)]
-    parts += [_difference_table(results, main, "Difference of AUC.")] if len(main) else []
-    parts += [folded("All other comparisons", _difference_table(results, rest, "Other attacks."))] if len(rest) else []
+    parts += [_difference_tables(results, main, "Difference of AUC.")] if len(main) else []
+    parts += [folded("All other comparisons", _difference_tables(results, rest, "Other attacks."))] if len(rest) else []
     return join(*parts)
+
+
+def _difference_tables(results: Results, frame: pd.DataFrame, caption: str) -> Html:
+    parts = results.apart(frame.assign(model=frame["model_a"]))
+    return join(*(_difference_table(results, part, said + caption) for said, part in parts))
 
 
 def _difference_table(results: Results, frame: pd.DataFrame, caption: str) -> Html:
@@ -220,17 +238,57 @@ def _utility(results: Results) -> Html:
     u = pooled(results.utility)
     if u.empty:
         return tag("p", "Utility was not measured: a low leak may only mean a model that learned nothing.", css="bad")
-    measures, rows = list(u["measure"].unique()), []
-    for model in in_order(u["model"]):
-        for seed, group in u[u["model"] == model].groupby("seed", sort=False):
+    of = u["measure"].str.partition("@")
+    u = u.assign(measure=of[0], set=of[2])
+    grid = u["measure"] == GRID
+    losses, generated = u[u["set"] == ""], u[(u["set"] != "") & ~grid]
+    caption = "Losses in nats per token, with 95 % intervals; lower is better."
+    parts = [_utility_table(results, part, said + caption) for said, part in results.apart(losses)]
+    if len(generated):
+        caption = "Generated responses: ROUGE F1 from 0 to 100, higher is better; tokens per response. 95 % intervals."
+        parts += [_utility_table(results, part, said + caption) for said, part in results.apart(generated)]
+    rates = [_grid(results, part, said) for said, part in results.apart(u[grid])]
+    return join(*parts, folded("Learning rates that were tried", join(*rates)) if rates else "")
+
+
+def _utility_table(results: Results, frame: pd.DataFrame, caption: str) -> Html:
+    """One row per model, set of prompts and seed; one column per measure."""
+    measures, rows = list(frame["measure"].unique()), []
+    for model in in_order(frame["model"]):
+        for (name, seed), group in frame[frame["model"] == model].groupby(["set", "seed"], sort=False):
             by = group.set_index("measure")[["value", "ci_low", "ci_high"]]
-            cells = {m.replace("_", " ").capitalize(): measured(*by.loc[m]) if m in by.index else "–" for m in measures}
-            first = group.iloc[0]
+            first, show = group.iloc[0], short_measured if name else measured
             rows.append({
-                "Model": model, "Technique": first["technique"] or "-", "Setting": first["setting"] or "-", **cells,
+                "Model": model, "Technique": first["technique"] or "-", "Setting": first["setting"] or "-",
+                **({"Set": name} if name else {}),
+                **{_measure_name(m): show(*by.loc[m]) if m in by.index else "–" for m in measures},
                 "n": " / ".join(dict.fromkeys(f"{n:,.0f}" for n in group["n"])), "Seed": seed,
             })  # fmt: skip
-    return table(rows, "Losses in nats per token, with 95 % intervals; lower is better.", results.headline["model"])
+    return table(rows, caption, results.headline["model"])
+
+
+def _measure_name(measure: str) -> str:
+    if measure.startswith("rouge_"):
+        return "ROUGE-" + measure.removeprefix("rouge_").upper()
+    return measure.replace("_", " ").capitalize()
+
+
+def _grid(results: Results, frame: pd.DataFrame, said: str) -> Html:
+    """Dev loss of every learning rate that was tried, the picked one in bold."""
+    rates = sorted((name for name in frame["set"].unique()), key=lambda name: float(name.removeprefix("lr=")))
+    rows = []
+    for model in in_order(frame["model"]):
+        own = frame[frame["model"] == model].set_index("set")
+        facts = (results.runs.get(model, {}).get("training") or {}).values()
+        picked = {f"lr={f['lr']:g}" for f in facts if f.get("lr") is not None}
+        cells = {}
+        for rate in rates:
+            value = own["value"].get(rate, np.nan)
+            words = (signed(value) or "diverged") if rate in own.index else "–"
+            cells[f"Learning rate {rate.removeprefix('lr=')}"] = tag("b", words) if rate in picked else words
+        rows.append({"Model": model, "Setting": results.settings.get(model, "-"), **cells, "Seed": own["seed"].iloc[0]})
+    caption = "Dev loss (nats per token) of every learning rate that was tried; the one picked is in bold."
+    return table(rows, said + caption, results.headline["model"])
 
 
 def choose_canaries(canaries: list[dict]) -> list[dict]:
@@ -249,7 +307,7 @@ def _canaries(results: Results, show: bool) -> Html:
     m = m[(m["role_pair"] == CANARY_PAIR) & (m["task"] == "all")]
     canaries = results.summary.get("canaries") or []
     caption = "Canaries that were put in against canaries that were left out."
-    parts = [_leak_table(results, m, caption)] if len(m) else []
+    parts = [_leak_tables(results, m, caption)] if len(m) else []
     if canaries and not show:
         parts.append(tag("p", "Their texts are not shown (show_canaries is off)."))
     elif canaries:

@@ -82,6 +82,11 @@ class TrainingRows:
     def __len__(self) -> int:
         return len(self._first) - 1
 
+    def largest_batch(self, batch_rows: int) -> int:
+        """Examples of the fullest batch."""
+        edges = self._first[np.minimum(np.arange(0, len(self) + batch_rows, batch_rows), len(self))]
+        return int(np.diff(edges).max())
+
     def __getitem__(self, row: int) -> Batch:
         """Row `row` as a dict of [T] arrays; a row past the last one is empty (all padding)."""
         return {key: value[0] for key, value in self.batch(np.array([row])).items()}
@@ -126,6 +131,21 @@ class _ProcessBatches:
 
     def __getitem__(self, step: int) -> Batch:
         return self._rows.batch(step * self._batch_rows + self._own)
+
+
+def one_batch(encoded: Encoded, *, row_length: int, packed: bool, multiple: int) -> tuple[Batch, np.ndarray]:
+    """All of `encoded` in one batch of few rows, a multiple of `multiple`; the last rows may be empty.
+
+    Returns the batch, and the examples in the order in which their scored tokens lie in it (row-major).
+    """
+    _check_lengths(encoded, np.arange(len(encoded)), row_length)
+    if packed:
+        row, start, n_rows = pack(encoded.lengths, row_length, order=np.argsort(-encoded.lengths, kind="stable"))
+    else:
+        row, start, n_rows = np.arange(len(encoded)), np.zeros(len(encoded), np.int64), len(encoded)
+    order = np.lexsort((start, row))
+    sizes = np.bincount(row, minlength=-(-n_rows // multiple) * multiple)
+    return _layout(encoded, order, sizes, row_length), order
 
 
 def scoring_batches(

@@ -82,7 +82,12 @@ class Encoded:
         A record may be unknown because it was dropped (`long_prompt="drop"`). `counts` stay those of the whole.
         """
         own = pd.DataFrame({"record_id": self.record_id, "row": np.arange(len(self))})
-        rows = pd.DataFrame({"record_id": np.asarray(record_ids, object)}).merge(own, how="inner")["row"].to_numpy()
+        return self.take(
+            pd.DataFrame({"record_id": np.asarray(record_ids, object)}).merge(own, how="inner")["row"].to_numpy()
+        )
+
+    def take(self, rows: np.ndarray) -> "Encoded":
+        """These examples in this order."""
         lengths = self.lengths[rows]
         flat = ragged(self.offsets[rows], lengths)
         return Encoded(

@@ -47,6 +47,7 @@ def load(
     text_unit: str = "article",
     limit: int | None = None,
     seed: int = 0,
+    all_references: bool = False,
 ) -> pd.DataFrame:
     """Reads records and returns them de-duplicated on content, ordered by id.
 
@@ -61,6 +62,8 @@ def load(
         text_unit: what a record of a .txt file is: "article" (WikiText headings), "paragraph" or "line".
         limit: keep this many records, picked by a seeded hash of their ids.
         seed: seed of that hash.
+        all_references: where an instance of a nested format has several outputs, a record for each instead of one for
+            the first; `limit` then counts these.
 
     Returns:
         A table of COLUMNS. `attrs["duplicates"]` counts the rows left out because their content was already there.
@@ -79,7 +82,7 @@ def load(
     if not raw:
         raise DataError(f"{name}: no records in it")
 
-    flat = [pair for place, record in raw for pair in _flatten(place, record)]
+    flat = [pair for place, record in raw for pair in _flatten(place, record, all_references)]
     names = _field_names(flat, format, dict(fields or {}), group_key)
     rows = [row for place, record in flat if (row := _row(place, record, names, group_key, stem)) is not None]
     if not rows:
@@ -224,7 +227,7 @@ def _read_hub(dataset: str, split: str | None) -> Iterator[tuple[str, dict]]:
 # --- From raw records to rows ---
 
 
-def _flatten(place: str, record: Any) -> Iterator[tuple[str, dict]]:
+def _flatten(place: str, record: Any, all_references: bool) -> Iterator[tuple[str, dict]]:
     """Yields the record, or one per instance of a self-instruct or Super-NaturalInstructions task."""
     if not isinstance(record, dict):
         raise DataError(f"{place}: a record must be a JSON object, this is a {type(record).__name__}")
@@ -242,13 +245,17 @@ def _flatten(place: str, record: Any) -> Iterator[tuple[str, dict]]:
         where = f"{place}, instance {number}"
         if not isinstance(instance, dict):
             raise DataError(f"{where}: must be a JSON object, this is a {type(instance).__name__}")
-        output = instance.get("output")
-        if isinstance(output, list):  # several references: the first that says something
-            output = next((text for text in output if isinstance(text, str) and text.strip()), "")
-        row = {**shared, **instance, "output": output}
+        outputs = instance.get("output")
+        if isinstance(outputs, list):  # several references: those that say something
+            outputs = [text for text in outputs if isinstance(text, str) and text.strip()] or [""]
+            outputs = outputs if all_references else outputs[:1]
+        else:
+            outputs = [outputs]
+        task = {}
         if "Definition" in record and "id" in instance:
-            row["task"] = str(instance["id"]).split("-")[0]  # "task002-<hash>"
-        yield where, row
+            task = {"task": str(instance["id"]).split("-")[0]}  # "task002-<hash>"
+        for output in outputs:
+            yield where, {**shared, **instance, "output": output, **task}
 
 
 def _field_names(

@@ -1,0 +1,1 @@
+"""Techniques: where response tokens come from, times a divergence."""

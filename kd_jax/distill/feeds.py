@@ -1,0 +1,325 @@
+"""What every optimiser step trains on: packed batches of data, of student samples, or of MiniLLM's rollouts.
+
+A feed turns the next batch of the data iterator into the step's batch. The prompts and their order are the data's in
+every policy, so runs of different techniques meet the same prompts at the same steps; only the responses differ.
+Everything that a resumed run needs is in `state()`, arrays of fixed shapes; random numbers are drawn from (seed, step).
+
+A feed's batch adds to those of `kd_jax.data.batches`, arrays `[micro-batches, R, T]`:
+    ce_mask      bool, scored tokens of data or teacher text: cross entropy never meets a student's own sample
+    returns, offset, importance   float32, of rollouts (see `kd_jax.distill.policy_gradient`)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pandas as pd
+
+from kd_jax.data.batches import Batch, one_batch
+from kd_jax.data.encode import EOS, PROMPT, RESPONSE, Encoded, ragged
+from kd_jax.distill import policies
+from kd_jax.distill.objective import Objective
+from kd_jax.distill.policies import DATASET, MIXED, STUDENT, ReplayBuffer, Sequences
+from kd_jax.errors import ConfigError
+from kd_jax.generate import Samples
+
+READ = ("tokens", "targets", "segment_ids", "positions", "loss_mask", "ce_mask", "returns", "offset", "importance")
+CACHED = ("teacher_hidden", "teacher_ids", "teacher_logp")
+
+
+class Used(NamedTuple):
+    """Which examples a step trained on: arrays [n], as in `policies.Sequences`; `tokens` are the scored ones."""
+
+    example: np.ndarray
+    source: np.ndarray
+    created: np.ndarray
+    tokens: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """How a feed lays its batches out."""
+
+    micro_rows: int  # rows of a micro-batch
+    row_length: int
+    max_length: int  # tokens of an example
+    packed: bool
+
+
+Sampler = Callable[..., Samples]
+"""`sample(model, prompts, lengths, keys, limits, seed, teacher) -> Samples`, on whatever mesh the run has."""
+
+
+class Feed(Protocol):
+    def next(self, step: int, model, teacher) -> tuple[Batch, Used]:
+        """The batch of optimiser step `step` (from 1), and what is in it."""
+
+    def evaluated(self, dev_loss: float) -> None:
+        """A dev evaluation gave this loss (before training, and at every evaluation)."""
+
+    def state(self) -> dict[str, np.ndarray]: ...
+    def restore(self, state: dict[str, np.ndarray]) -> None: ...
+    def facts(self) -> dict: ...
+
+
+class DataFeed:
+    """The data itself, or the teacher's text in its place."""
+
+    def __init__(
+        self, encoded: Encoded, iterator: Iterator[Batch], shapes: Shapes, source: int = DATASET, cache=None
+    ) -> None:
+        self.encoded, self.iterator, self.shapes, self.source, self.cache = encoded, iterator, shapes, source, cache
+
+    def next(self, step: int, model, teacher) -> tuple[Batch, Used]:
+        batch = next(self.iterator)
+        examples, tokens = examples_of(batch)
+        used = Used(examples, np.full(len(examples), self.source), np.full(len(examples), step), tokens)
+        cached = self.cache.batch(batch) if self.cache is not None else {}
+        return split_rows(batch | {"ce_mask": batch["loss_mask"]} | cached, self.shapes.micro_rows), used
+
+    def evaluated(self, dev_loss: float) -> None: ...
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None: ...
+
+    def facts(self) -> dict:
+        return {}
+
+
+class SampledFeed(DataFeed):
+    """Policies `mix`, `mix_replay`, `adaptive`: steps on student samples, replayed ones, or the data."""
+
+    def __init__(
+        self, encoded, iterator, shapes: Shapes, objective: Objective, sample: Sampler, *, steps, seed, largest
+    ):
+        super().__init__(encoded, iterator, shapes)
+        _check_prompts(encoded)
+        replays = objective.policy != "mix"
+        if replays and objective.capacity < largest:
+            raise ConfigError(
+                f"objectives.{objective.technique}: capacity {objective.capacity} of the replay buffer is below the "
+                f"{largest} examples of the largest batch"
+            )
+        self.objective, self.sample, self.steps, self.seed = objective, sample, steps, seed
+        self.buffer = ReplayBuffer(objective.capacity, shapes.max_length) if replays else None
+        self.phi, self.previous, self.branches = objective.phi, np.inf, dict.fromkeys(("fresh", "replay", "data"), 0)
+        self._first = True
+
+    def next(self, step: int, model, teacher) -> tuple[Batch, Used]:
+        u, stored = policies.uniform(self.seed, step), 0 if self.buffer is None else len(self.buffer)
+        branch = policies.choose(self.objective, u, step - 1, self.steps, self.phi, stored)
+        self.branches[branch] += 1
+        if branch == policies.DATA:
+            return super().next(step, model, teacher)
+        examples, _ = examples_of(next(self.iterator))
+        rows = None
+        if branch == policies.FRESH or self.objective.policy == "mix_replay":
+            rows = draw(self.encoded, examples, self.sample, model, None, self.seed, step, self.shapes, STUDENT)
+            if self.buffer is not None:
+                self.buffer.push(rows)
+        if branch == policies.REPLAY:
+            rows = self.buffer.draw(len(examples), np.random.default_rng([self.seed, step, 2]))
+        batch, order = _lay_out(rows, self.shapes)
+        return split_rows(batch | {"ce_mask": np.zeros_like(batch["loss_mask"])}, self.shapes.micro_rows), _used(
+            rows, batch, order
+        )
+
+    def evaluated(self, dev_loss: float) -> None:
+        if self._first:
+            self._first, self.previous = False, dev_loss
+        elif self.objective.policy == "adaptive":
+            self.phi, self.previous = policies.next_threshold(self.objective, self.phi, self.previous, dev_loss)
+
+    def state(self) -> dict[str, np.ndarray]:
+        numbers = np.array([self.phi, self.previous, *self.branches.values()], np.float64)
+        return {"numbers": numbers} | ({} if self.buffer is None else self.buffer.state())
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        self.phi, self.previous, *counts = np.asarray(state["numbers"]).tolist()
+        self.branches = {name: int(count) for name, count in zip(self.branches, counts)}
+        self._first = False
+        if self.buffer is not None:
+            self.buffer.restore({k: v for k, v in state.items() if k != "numbers"})
+
+    def facts(self) -> dict:
+        found = {"branches": dict(self.branches)}
+        if self.objective.policy == "adaptive":
+            found["phi"] = self.phi
+            if self.branches["fresh"] + self.branches["replay"] == 0:
+                found["warnings"] = ["phi stayed 0: no student sample was ever used"]
+        return found
+
+
+class RolloutFeed(DataFeed):
+    """Policy `mixed_rollouts`: sample a set of prompts once, then several passes of optimiser steps over the set.
+
+    `measure(model, teacher, batch) -> {"returns", "offset", "importance"}: [R, T]` of a packed batch of samples.
+    """
+
+    def __init__(
+        self, encoded, iterator, shapes: Shapes, objective: Objective, sample: Sampler, measure, *, seed, largest
+    ):
+        super().__init__(encoded, iterator, shapes)
+        _check_prompts(encoded)
+        self.objective, self.sample, self.measure, self.seed = objective, sample, measure, seed
+        size = objective.rollouts + largest
+        self.rows = Sequences.empty(size, shapes.max_length)
+        self.values = {k: np.zeros((size, shapes.max_length), np.float32) for k in ("returns", "offset", "importance")}
+        self.n = self.parts = self.done = self.sets = 0  # samples, batches they make, steps on them, sets so far
+
+    def next(self, step: int, model, teacher) -> tuple[Batch, Used]:
+        if self.done == self.parts * self.objective.passes:
+            self._collect(step, model, teacher)
+        turn, part = divmod(self.done, self.parts)
+        order = np.random.default_rng([self.seed, self.sets, turn, 3]).permutation(self.n)
+        chosen = np.array_split(order, self.parts)[part]
+        self.done += 1
+        rows = self.rows.take(chosen)
+        batch, order = _lay_out(rows, self.shapes)
+        counts = _scored(rows)[order]
+        flat = ragged(chosen[order] * self.shapes.max_length, counts)
+        extra = {k: np.zeros(batch["loss_mask"].shape, np.float32) for k in self.values}
+        for name, values in self.values.items():
+            extra[name][batch["loss_mask"]] = values.reshape(-1)[flat]
+        extra["ce_mask"] = np.zeros_like(batch["loss_mask"])
+        return split_rows(batch | extra, self.shapes.micro_rows), _used(rows, batch, order)
+
+    def _collect(self, step: int, model, teacher) -> None:
+        """As many batches of prompts as make `rollouts` samples, sampled and measured."""
+        batches: list[np.ndarray] = []
+        while sum(map(len, batches)) < self.objective.rollouts:
+            batches.append(examples_of(next(self.iterator))[0])
+        examples = np.concatenate(batches)
+        rows = draw(self.encoded, examples, self.sample, model, teacher, self.seed, step, self.shapes, MIXED)
+        self.n, self.parts, self.done, self.sets = len(rows), len(batches), 0, self.sets + 1
+        for name, values in self.rows.arrays().items():
+            values[: self.n] = getattr(rows, name)
+        batch, order = _lay_out(rows, self.shapes)
+        size = self.shapes.micro_rows
+        counts = _scored(rows)[order]
+        place = ragged(order * self.shapes.max_length, counts)
+        parts = [
+            self.measure(model, teacher, {k: v[i : i + size] for k, v in batch.items()})
+            for i in range(0, len(batch["tokens"]), size)
+        ]
+        for name, values in self.values.items():
+            values[:] = 0
+            found = np.concatenate([np.asarray(part[name]) for part in parts])
+            values.reshape(-1)[place] = found[batch["loss_mask"]]
+
+    def state(self) -> dict[str, np.ndarray]:
+        numbers = np.array([self.n, self.parts, self.done, self.sets])
+        return {"numbers": numbers, **self.rows.arrays(), **self.values}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        state = {k: np.array(v) for k, v in state.items()}
+        self.n, self.parts, self.done, self.sets = state.pop("numbers").tolist()
+        self.values = {k: state.pop(k) for k in self.values}
+        self.rows = Sequences(**state)
+
+    def facts(self) -> dict:
+        return {"branches": {"rollout_sets": self.sets}}
+
+
+# --------------------------------------------------------------------------------------------------------- samples
+
+
+def prompts(encoded: Encoded, examples: np.ndarray, prefix: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """What a model is given of these examples: flat tokens and lengths `[n]`.
+
+    That is everything before the response; with `prefix`, also the first `prefix` tokens of the response.
+    """
+    starts, ends = encoded.offsets[examples], encoded.offsets[examples + 1]
+    responses = np.isin(encoded.segment, (RESPONSE, EOS))
+    before = np.concatenate([[0], np.cumsum(~responses)])
+    lengths = before[ends] - before[starts]  # the response is the end of every example
+    lengths = np.minimum(lengths + prefix, ends - starts)
+    return encoded.tokens[ragged(starts, lengths)], lengths
+
+
+def keys(encoded: Encoded, examples: np.ndarray) -> np.ndarray:
+    """uint32 `[n]`, which with a seed decide a sample: a hash of the example's id and of its how-manieth copy it is."""
+    ids = encoded.example_id[examples]
+    copy = pd.Series(ids).groupby(ids).cumcount().to_numpy()
+    return np.fromiter((zlib.crc32(f"{i}:{c}".encode()) for i, c in zip(ids, copy)), np.uint32, len(ids))
+
+
+def draw(
+    encoded, examples, sample: Sampler, model, teacher, seed: int, step: int, shapes: Shapes, source: int
+) -> Sequences:
+    """Sample a response to the prompt of each of these examples."""
+    tokens, lengths = prompts(encoded, examples)
+    number = int(np.random.default_rng([seed, step, 1]).integers(2**31))
+    found = sample(model, tokens, lengths, keys(encoded, examples), shapes.max_length - lengths, number, teacher)
+    return join(tokens, lengths, found, examples, source, step, shapes.max_length)
+
+
+def join(tokens, lengths, found: Samples, examples, source: int, step: int, max_length: int) -> Sequences:
+    """Prompts and the samples that follow them as rows."""
+    n = len(lengths)
+    rows = Sequences.empty(n, max_length)
+    rows.tokens.reshape(-1)[ragged(np.arange(n) * max_length, lengths)] = tokens
+    width = found.tokens.shape[1]
+    from_samples = ragged(np.arange(n) * width, found.lengths)
+    rows.tokens.reshape(-1)[ragged(np.arange(n) * max_length + lengths, found.lengths)] = found.tokens.reshape(-1)[
+        from_samples
+    ]
+    rows.prompt[:], rows.length[:], rows.ended[:] = lengths, lengths + found.lengths, found.ended
+    rows.example[:], rows.source[:], rows.created[:] = examples, source, step
+    return rows
+
+
+def as_encoded(rows: Sequences, ids: np.ndarray, task: np.ndarray, scored_prefix: int = 0) -> Encoded:
+    """Rows as examples; the last `scored_prefix` tokens of a prompt count as response (plain text)."""
+    n, width = rows.tokens.shape
+    flat = ragged(np.arange(n) * width, rows.length)
+    place = ragged(np.zeros(n, np.int64), rows.length)
+    segment = np.where(place < np.repeat(rows.prompt - scored_prefix, rows.length), PROMPT, RESPONSE).astype(np.int8)
+    offsets = np.concatenate([[0], np.cumsum(rows.length, dtype=np.int64)])
+    segment[offsets[1:][rows.ended] - 1] = EOS
+    unknown = np.zeros(n, np.int32)
+    return Encoded(ids, ids, task, rows.tokens.reshape(-1)[flat], offsets, segment, unknown, unknown, {})
+
+
+def _lay_out(rows: Sequences, shapes: Shapes) -> tuple[Batch, np.ndarray]:
+    nobody = np.full(len(rows), "", object)
+    encoded = as_encoded(rows, nobody, nobody)
+    return one_batch(encoded, row_length=shapes.row_length, packed=shapes.packed, multiple=shapes.micro_rows)
+
+
+def _scored(rows: Sequences) -> np.ndarray:
+    return rows.length - np.maximum(rows.prompt, 1)  # the first token of all has no predictor
+
+
+def _used(rows: Sequences, batch: Batch, order: np.ndarray) -> Used:
+    return Used(rows.example, rows.source, rows.created, _scored(rows))
+
+
+def examples_of(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Examples of a batch in its order (an example may come twice), and the scored tokens of each."""
+    where = batch["example"] >= 0
+    first = where & (batch["positions"] == 0)
+    owner = np.cumsum(first.reshape(-1)) - 1
+    counts = np.bincount(owner[batch["loss_mask"].reshape(-1)], minlength=int(first.sum()))
+    return batch["example"][first].astype(np.int64), counts
+
+
+def split_rows(batch: Batch, micro_rows: int) -> Batch:
+    """`[rows, T]` to `[micro-batches, micro_rows, T]`; what the step does not read stays behind."""
+    split = lambda x: x.reshape(-1, micro_rows, *x.shape[1:])
+    return {k: split(batch[k]) for k in READ + CACHED if k in batch}
+
+
+def _check_prompts(encoded: Encoded) -> None:
+    _, lengths = prompts(encoded, np.arange(len(encoded)))
+    if empty := int((lengths == 0).sum()):
+        raise ConfigError(
+            f"{empty} of {len(encoded)} training examples have an empty prompt: a student cannot sample from nothing. "
+            "Set data.bos, or use records with prompts"
+        )

@@ -1,0 +1,216 @@
+"""The loop around the training step: feeds, logs, evaluates, selects and saves, and resumes where it was cut off."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kd_jax import checkpoint, lora, manifest, optim, sharding
+from kd_jax.checkpoint import Checkpoints
+from kd_jax.distill import feeds
+from kd_jax.distill.ledger import Ledger
+from kd_jax.distill.objective import Objective
+from kd_jax.metrics import Metrics, progress
+from kd_jax.train import SELECT, Recipe, TrainState, make_train_step
+from kd_jax.transformer import Transformer
+
+
+def init_state(model: Transformer, tx: optax.GradientTransformation, rng: jax.Array, mesh: Mesh) -> TrainState:
+    """Fresh state on the mesh; the optimizer state gets the parameters' shardings (a bare jit would replicate it)."""
+
+    def make(model):
+        return TrainState(jnp.zeros((), jnp.int32), model, tx.init(model), jax.random.key_data(rng))
+
+    return jax.jit(make, out_shardings=sharding.shardings(jax.eval_shape(make, model), mesh))(model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Everything `fit` needs besides the models: where to write, what to feed, what to watch."""
+
+    label: str
+    folder: Path
+    steps: int
+    feed: feeds.Feed
+    evaluate: Callable[[Transformer], dict[str, float]]
+    iterators: dict[str, Iterator[dict[str, np.ndarray]]]  # grain iterators that a checkpoint keeps: data, and lm
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a run leaves."""
+
+    model: Transformer  # adapters merged
+    step: int  # that the parameters are of
+    dev: dict[str, float]  # evaluation of that step
+    feed: dict  # what the feed has to say: branches, threshold, warnings
+
+
+def fit(
+    model: Transformer,
+    teacher: Transformer | None,
+    recipe: Recipe,
+    objective: Objective,
+    task: Task,
+    *,
+    vocab: int,
+    rng: jax.Array,
+    mesh: Mesh,
+) -> Trained:
+    """Train to `task.steps`, resuming at the newest checkpoint in `task.folder`.
+
+    Raises FloatingPointError when the loss stops being finite, naming the step and the last good checkpoint.
+    """
+    rate, tx, step_fn = _compiled(recipe, objective, vocab, teacher is not None, task.steps, mesh)
+    if recipe.lora_rank:
+        model = lora.attach(model, recipe.lora, jax.random.fold_in(rng, 1))
+    trainable, frozen = lora.split(model)
+    state = init_state(trainable, tx, rng, mesh)
+    with Checkpoints(task.folder / "checkpoints", keep=task.keep) as checkpoints:
+        start = checkpoints.latest_step or 0
+        if start:
+            state, feed_state = checkpoints.restore(_abstract(state, mesh), task.feed.state(), task.iterators)
+            task.feed.restore(feed_state)
+        with Metrics(task.folder, step=start) as metrics:
+            loop = Loop(task, recipe, teacher, frozen, step_fn, rate, mesh, checkpoints, metrics)
+            state = loop.run(state, start)
+    return loop.result(state)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(recipe: Recipe, objective: Objective, vocab: int, has_teacher: bool, steps: int, mesh: Mesh):
+    """Schedule, optimizer and jitted step: one for all runs that differ in their data and seeds alone."""
+    rate = optim.schedule(
+        recipe.schedule, lr=recipe.lr, lr_min=recipe.lr_min, warmup_steps=recipe.warmup_steps, steps=steps
+    )
+    tx = optim.optimizer(
+        rate, b1=recipe.b1, b2=recipe.b2, eps=recipe.eps, weight_decay=recipe.weight_decay, clip=recipe.clip
+    )
+    step = make_train_step(tx, recipe, objective, vocab, has_teacher)
+
+    def placed(state, *inputs):
+        state, metrics = step(state, *inputs)
+        constrain = jax.lax.with_sharding_constraint
+        return constrain(state, sharding.shardings(state, mesh)), constrain(metrics, NamedSharding(mesh, P()))
+
+    return rate, tx, jax.jit(placed, donate_argnums=0)
+
+
+def _abstract(tree, mesh: Mesh):
+    placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    return jax.tree.map(placed, tree, sharding.shardings(tree, mesh))
+
+
+@dataclasses.dataclass
+class Loop:
+    """The steps of one run: feeds, logs, evaluates, selects and saves."""
+
+    task: Task
+    recipe: Recipe
+    teacher: Transformer | None
+    frozen: Transformer
+    step_fn: Callable
+    rate: optax.Schedule
+    mesh: Mesh
+    checkpoints: Checkpoints
+    metrics: Metrics
+    last: dict[str, float] | None = None  # the newest evaluation
+
+    def run(self, state: TrainState, start: int) -> TrainState:
+        task, recipe = self.task, self.recipe
+        evaluate_at, save_at = _marks(task.steps, recipe.evaluations), _marks(task.steps, recipe.checkpoints)
+        log_every = max(1, task.steps // 100)
+        ledger = Ledger(task.folder / "ledger", step=start)
+        if start == 0:
+            self._evaluate(state, 0, {})
+        bar = progress(task.steps, task.label, initial=start)
+        window, since = [], time.perf_counter()
+        for step in range(start + 1, task.steps + 1):
+            batch, used = task.feed.next(step, lora.join(state.model, self.frozen), self.teacher)
+            ledger.add(step, used)
+            plain = None
+            if "lm" in task.iterators:
+                plain = next(task.iterators["lm"])
+                ledger.add_plain(step, plain)
+                plain = self._place(feeds.split_rows(plain, recipe.micro_batch_rows))
+            state, values = self.step_fn(state, self.frozen, self.teacher, self._place(batch), plain)
+            window.append(values)
+            if step % log_every == 0 or step in evaluate_at or step in save_at:
+                # the only host sync of the loop: one fetch for the whole window, after its last step was dispatched
+                row = _summary(jax.device_get(window), time.perf_counter() - since)
+                self._check(row, step, len(window))
+                row["train/learning_rate"] = float(self.rate(step - 1))
+                bar.set_postfix(loss=f"{row['train/loss']:.3f}", refresh=False)
+                bar.update(step - bar.n)
+                if step in evaluate_at:
+                    self._evaluate(state, step, row)
+                else:
+                    self.metrics.write(step, row)
+                if step in save_at:
+                    ledger.write(step)
+                    self.checkpoints.save(step, state, task.feed.state(), task.iterators)
+                window, since = [], time.perf_counter()
+        bar.close()
+        return state
+
+    def result(self, state: TrainState) -> Trained:
+        """The selected parameters."""
+        model, facts = lora.merge(lora.join(state.model, self.frozen)), self.task.feed.facts()
+        best = manifest.read(self.task.folder / "best")
+        if SELECT[self.recipe.select] is None or best is None:
+            return Trained(model, self.task.steps, self.last or self.task.evaluate(model), facts)
+        model = checkpoint.load_params(self.task.folder / "best" / "params", _abstract(model, self.mesh))
+        return Trained(model, best["facts"]["step"], best["facts"]["dev"], facts)
+
+    def _place(self, batch):
+        return sharding.place_batch(batch, self.mesh, leading=1)
+
+    def _evaluate(self, state: TrainState, step: int, row: dict[str, float]) -> None:
+        model = lora.join(state.model, self.frozen)
+        self.last = self.task.evaluate(model)
+        self.task.feed.evaluated(self.last["eval/dev_loss"])
+        self.metrics.write(step, row | self.last)
+        rule = SELECT[self.recipe.select]
+        if rule is None or step == 0:
+            return
+        folder, (key, sign) = self.task.folder / "best", rule
+        found = manifest.read(folder)
+        # A better one of a later step was found before the run was interrupted; the same step will find it again.
+        if found is None or found["facts"]["step"] > step or sign * self.last[key] < sign * found["facts"]["dev"][key]:
+            checkpoint.save_params(folder / "params", lora.merge(model))
+            manifest.write(folder, {"select": self.recipe.select}, {"step": step, "dev": self.last})
+
+    def _check(self, row: dict[str, float], step: int, steps: int) -> None:
+        if not math.isfinite(row["train/loss"]):
+            raise FloatingPointError(
+                f"{self.task.label}: loss is {row['train/loss']} in the {steps} steps up to {step}; last good "
+                f"checkpoint: step {self.checkpoints.latest_step or 0} in {self.task.folder / 'checkpoints'}. Lower "
+                "the learning rate or check the batch's records."
+            )
+
+
+def _marks(steps: int, count: int) -> set[int]:
+    """`count` evenly spread steps, the last of them `steps`."""
+    return {max(1, round(steps * (i + 1) / count)) for i in range(count)}
+
+
+def _summary(window: list[dict], seconds: float) -> dict[str, float]:
+    """Token-weighted means of a window of steps."""
+    tokens = np.array([w["tokens"] for w in window], np.float64)
+    mean = lambda key: float(np.dot([w[key] for w in window], tokens) / max(tokens.sum(), 1.0))
+    row = {f"train/{key}": mean(key) for key in ("loss", "ce", "kd", "policy", "lm") if key in window[0]}
+    row["train/gradient_norm"] = float(np.mean([w["gradient_norm"] for w in window]))
+    row["train/scored_tokens_per_second"] = float(tokens.sum() / max(seconds, 1e-9))
+    return row

@@ -1,11 +1,13 @@
 """GPT-2 XL to large, medium or base on Dolly, word-level KD, as zhang2025 trained it; or small from scratch.
 
     python main.py --config=configs/gpt2_kd.py[:large|medium|base] --config.data.path=databricks-dolly-15k.jsonl
+    python main.py --config=configs/gpt2_kd.py:base,zhang2025 ... --config.data.lm.path=openwebtext.jsonl
     python main.py --config=configs/gpt2_kd.py:small[,base|,six] --config.data.path=... --workdir=runs/dolly
 
 Paper size (default `base`): hub ids gpt2-xl and gpt2-large / gpt2-medium / gpt2, or folders by
 `--config.models.teacher.path` and `--config.models.student.path`. Hyper-parameters are those of the released scripts
-(papers list no number of GPUs; the global batch here is theirs per GPU times GPUS). Response loss, AdamW, cosine.
+(papers list no number of GPUs; the global batch here is theirs per GPU times GPUS). Response loss, AdamW, cosine. With
+`,zhang2025`, `,distillm` or `,minillm` all techniques of that paper by its own recipes (`configs/published.py`).
 
 `small`: 3-layer students and 4-layer teachers from random weights, 2 CPU cores, under 25 minutes. `small,base`: the
 bases are first pre-trained on plain text, `--config.data.pretrain.path=.../train.txt.gz`, 20 minutes more. `small,six`:
@@ -14,7 +16,7 @@ all six techniques by the `matched` recipe with three seeds, under 75 minutes.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, published
 from kd_jax.distill.objective import TECHNIQUES
 
 GPUS = 4
@@ -27,11 +29,12 @@ def get_config(variant: str = "base") -> ConfigDict:
         return six()
     if words in (["small"], ["small", "base"]):
         return small(pretrained=words[1:] == ["base"])
-    if variant not in STUDENTS:
+    if words[0] not in STUDENTS or len(words) > 2:
         raise ValueError(
-            f"configs/gpt2_kd.py:{variant}: known are {', '.join(STUDENTS)}, small, small,base and small,six"
+            f"configs/gpt2_kd.py:{variant}: known are {', '.join(STUDENTS)}, each alone or with a paper "
+            f"({', '.join(published.PAPERS)}), small, small,base and small,six"
         )
-    hub_id, batch = STUDENTS[variant]
+    hub_id, batch = STUDENTS[words[0]]
     config = base.get_config()
     config.title = f"Dolly: GPT-2 XL to {hub_id}, word-level KD"
     config.models.teacher.path = "gpt2-xl"
@@ -47,6 +50,9 @@ def get_config(variant: str = "base") -> ConfigDict:
         )
     )
     config.runs = base.standard_runs("teacher", "student", "kd")
+    if words[1:]:
+        config.title = f"Dolly: GPT-2 XL to {hub_id}, {words[1]}'s techniques and recipes"
+        published.apply(config, words[1], "gpt2", words[0], GPUS)
     return config
 
 
@@ -82,7 +88,7 @@ def six() -> ConfigDict:
         dict(
             teacher=base.recipe("matched", steps=640, lr=2e-3, **common),
             init=base.recipe("matched", steps=120, lr=2e-3, **common),
-            matched=base.recipe("matched", steps=240, lr_grid=(5e-4, 2e-3), **common),
+            matched=base.recipe("matched", steps=240, lr_grid=(5e-4, 1.5e-3, 4e-3), **common),
         )
     )
     config.objectives = ConfigDict({name: base.objective(name, max_new_tokens=64) for name in ("sft", *TECHNIQUES)})

@@ -1,18 +1,20 @@
 """LLaMA-2 7B to a 1.1B LLaMA with LLaMA-2's tokenizer on Dolly, word-level KD; or OpenLLaMA 7B to 3B.
 
     python main.py --config=configs/llama2_kd.py --config.data.path=databricks-dolly-15k.jsonl
-    python main.py --config=configs/llama2_kd.py:openllama ...
+    python main.py --config=configs/llama2_kd.py:openllama[,zhang2025|,distillm|,minillm] ...
 
 LLaMA-2's weights are gated: accept its licence on the hub and log in, or give a folder with
-`--config.models.teacher.path`. zhang2025's own code trained OpenLLaMA 7B to 3B with LoRA; here every weight is trained,
-so the teacher's learning rate is MiniLLM's for full fine-tuning (1e-5, 10 epochs, batch 8 per GPU) and not LoRA's 5e-4.
+`--config.models.teacher.path`. Without a paper's name every weight is trained, with MiniLLM's learning rate for full
+fine-tuning (1e-5, 10 epochs, batch 8 per GPU). zhang2025 and DistiLLM trained OpenLLaMA 7B to 3B with LoRA (rank 16,
+alpha 64, dropout 0.1; the teacher's adapter merged first): `,zhang2025` and `,distillm` do the same, with all six
+techniques, and need plain text in `data.lm.path`.
 KD: 1e-5, 10 epochs, batch 4 per GPU, kd_ratio 0.5, as both codes have it. Global batch: per GPU times GPUS.
 OpenLLaMA publishes pickles: see README, "Checkpoints that are pickles".
 """
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, published
 
 GPUS = 8
 PAIRS = {
@@ -22,9 +24,12 @@ PAIRS = {
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in PAIRS:
-        raise ValueError(f"configs/llama2_kd.py:{variant}: known is openllama")
-    teacher, student = PAIRS[variant]
+    words = variant.split(",")
+    if words[0] not in PAIRS or len(words) > 2:
+        raise ValueError(
+            f"configs/llama2_kd.py:{variant}: known are openllama, and with it a paper ({', '.join(published.PAPERS)})"
+        )
+    teacher, student = PAIRS[words[0]]
     config = base.get_config()
     config.title = f"Dolly: {teacher} to {student}, word-level KD"
     config.models.teacher.path = teacher
@@ -43,4 +48,11 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.objectives.kd = base.objective("kd", kd_ratio=0.5)
     config.runs = base.standard_runs("teacher", "student", "kd")
+    if words[1:]:
+        config.title = f"Dolly: {teacher} to {student}, {words[1]}'s techniques and recipes"
+        if words[1] != "minillm":
+            adapters = dict(lora_rank=16, lora_alpha=64.0, lora_dropout=0.1)
+            config.recipes.teacher.update(name=words[1], lr=5e-4, epochs=20, **adapters)
+            config.recipes.student.update(name=words[1], lr=5e-4, epochs=3, **adapters)
+        published.apply(config, words[1], "llama", "3b", GPUS)
     return config

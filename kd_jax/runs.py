@@ -61,22 +61,42 @@ def _train(study: Study, run: Run, seed: int) -> None:
         return
     recipe, objective = recipe_of(study.config, run), objective_of(study.config, run)
     rates, source = _rates(study, run, seed, recipe)
-    tried = []
-    for lr in rates:
-        place = folder if len(rates) == 1 else folder / f"lr{lr:g}"
-        if not (found := manifest.read(place)):
-            found = {"facts": _fit(study, run, seed, dataclasses.replace(recipe, lr=lr, lr_grid=()), objective, place)}
-            if place != folder:
-                manifest.write(place, {"lr": lr}, found["facts"])
-        tried.append(found["facts"])
-    best = min(tried, key=lambda facts: facts["dev"]["eval/dev_loss"])
-    if len(rates) > 1:
-        shutil.copytree(folder / f"lr{best['lr']:g}" / "params", folder / "params", dirs_exist_ok=True)
-        shutil.copy(folder / f"lr{best['lr']:g}" / "ledger.parquet", folder / "ledger.parquet")
-    grid = [{"lr": facts["lr"], "dev_loss": facts["dev"]["eval/dev_loss"]} for facts in tried]
-    facts = best | {"grid": grid, "lr_from": source, "code_version": code_version(), "versions": versions()}
+    fit = lambda lr, place: _fit(study, run, seed, dataclasses.replace(recipe, lr=lr, lr_grid=()), objective, place)
+    if len(rates) == 1:
+        facts = fit(rates[0], folder)
+        grid = [{"lr": facts["lr"], "dev_loss": facts["dev"]["eval/dev_loss"]}]
+    else:
+        facts, grid = _search(folder, rates, fit)
+    facts |= {"grid": grid, "lr_from": source, "code_version": code_version(), "versions": versions()}
     manifest.end(folder, inputs, facts)
     _report(study, f"{run.name} seed{seed}", facts)
+
+
+def _search(folder: Path, rates: tuple[float, ...], fit: Callable[[float, Path], dict]) -> tuple[dict, list[dict]]:
+    """Train every learning rate in a folder of its own; the one of least dev loss moves to `folder`.
+
+    Returns its facts and the whole grid. A rate at which training diverges has dev loss None and is out of the choice.
+    """
+    tried: dict[float, dict] = {}
+    for lr in rates:
+        place = folder / f"lr{lr:g}"
+        if (found := manifest.read(place)) is None:
+            try:
+                facts = fit(lr, place)
+            except FloatingPointError as error:
+                log.warning("%s", error)
+                facts = {"lr": lr, "dev": {"eval/dev_loss": None}}
+            manifest.write(place, {"lr": lr}, facts)
+            found = {"facts": facts}
+        tried[lr] = found["facts"]
+    grid = [{"lr": lr, "dev_loss": facts["dev"]["eval/dev_loss"]} for lr, facts in tried.items()]
+    finished = [point for point in grid if point["dev_loss"] is not None]
+    if not finished:
+        raise FloatingPointError(f"{folder}: training diverged at every learning rate of {rates}")
+    best = min(finished, key=lambda point: point["dev_loss"])["lr"]
+    shutil.copytree(folder / f"lr{best:g}" / "params", folder / "params", dirs_exist_ok=True)
+    shutil.copy(folder / f"lr{best:g}" / "ledger.parquet", folder / "ledger.parquet")
+    return tried[best], grid
 
 
 def _rates(study: Study, run: Run, seed: int, recipe: train.Recipe) -> tuple[tuple[float, ...], str]:

@@ -51,7 +51,7 @@ def get_config(variant: str = "base") -> ConfigDict:
     )
     config.runs = base.standard_runs("teacher", "student", "kd")
     if words[1:]:
-        config.title = f"Dolly: GPT-2 XL to {hub_id}, {words[1]}'s techniques and recipes"
+        config.title = f"Dolly: GPT-2 XL to {hub_id}, techniques and recipes of {words[1]}"
         published.apply(config, words[1], "gpt2", words[0], GPUS)
     return config
 

@@ -49,7 +49,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.objectives.kd = base.objective("kd", kd_ratio=0.5)
     config.runs = base.standard_runs("teacher", "student", "kd")
     if words[1:]:
-        config.title = f"Dolly: {teacher} to {student}, {words[1]}'s techniques and recipes"
+        config.title = f"Dolly: {teacher} to {student}, techniques and recipes of {words[1]}"
         if words[1] != "minillm":
             adapters = dict(lora_rank=16, lora_alpha=64.0, lora_dropout=0.1)
             config.recipes.teacher.update(name=words[1], lr=5e-4, epochs=20, **adapters)

@@ -42,6 +42,6 @@ def get_config(variant: str = "125m") -> ConfigDict:
     )
     config.runs = base.standard_runs("teacher", "student", "kd")
     if words[1:]:
-        config.title = f"Dolly: OPT 2.7B to {hub_id}, {words[1]}'s techniques and recipes"
+        config.title = f"Dolly: OPT 2.7B to {hub_id}, techniques and recipes of {words[1]}"
         published.apply(config, words[1], "opt", words[0], GPUS)
     return config

@@ -1,8 +1,8 @@
 """Published recipes of the six techniques, per family and student size, as the papers' scripts have them.
 
 `apply(config, paper, family, size, gpus)` replaces a config's recipes, objectives and students by a paper's. Papers:
-zhang2025 (ziqi-zhang/LLM_Distillation_Privacy), distillm (jongwooko/distillm) and minillm (microsoft/LMOps). Batches are
-per GPU: the number of GPUs is recorded in no script, so the global batch is theirs times `gpus`. Learning rate, start,
+zhang2025 (ziqi-zhang/LLM_Distillation_Privacy), distillm (jongwooko/distillm) and minillm (microsoft/LMOps). Their
+batches are per GPU, and no script records how many GPUs: the global batch is theirs times `gpus`. Learning rate, start,
 plain-text term and epochs differ between techniques there: such a table ranks recipes, `matched` ranks techniques.
 """
 

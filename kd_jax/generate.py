@@ -86,7 +86,7 @@ def generate(
         raise ConfigError(f"generation: mix_alpha {spec.mix_alpha} needs a teacher")
     models = {0.0: [model], 1.0: [teacher]}.get(spec.mix_alpha, [model, teacher])
     _check(models, prompts, lengths, example_keys, limits, spec, vocab)
-    fixed = dict(spec=spec, vocab=vocab, eos_id=eos_id, dtype=np.dtype(dtype), mesh=mesh)
+    fixed = dict(spec=spec, vocab=vocab, dtype=np.dtype(dtype), mesh=mesh)
     out = Samples(
         np.zeros((n, spec.max_new_tokens), np.int32), np.zeros(n, np.int32), np.zeros(n, bool), np.zeros(n, np.int32)
     )
@@ -99,13 +99,14 @@ def generate(
         tokens = np.zeros((len(rows), _bucket(length.max())), np.int32)
         inside = np.arange(tokens.shape[1])[None] < length[:, None]
         tokens[inside] = prompts[np.repeat(column(starts, 0), length) + np.nonzero(inside)[1]]
-        batch = Batch(tokens, length, column(limits, 0).astype(np.int32))
         keys = column(np.asarray(example_keys, np.uint32), 0).astype(np.uint32)
-        prompt, loop, more, uniform = _start(models, batch, keys, np.uint32(seed % 2**32), **fixed)
+        uniform = _uniforms(np.uint32(seed % 2**32), keys, new=spec.max_new_tokens) if spec.temperature else None
+        batch = Batch(tokens, length, column(limits, 0).astype(np.int32), np.int32(eos_id), uniform)
+        prompt, loop, more = _start(models, batch, **fixed)
         for slots in _segments(spec.max_new_tokens):
             if not more:
                 break
-            loop, more = _decode(ready, prompt, batch, uniform, loop, slots=slots, **fixed)
+            loop, more = _decode(ready, prompt, batch, loop, slots=slots, **fixed)
         for field, found in zip(dataclasses.fields(out), jax.device_get(_result(loop.state, eos_id))):
             getattr(out, field.name)[used] = found[: len(used)]
     return out
@@ -174,6 +175,8 @@ class Batch(NamedTuple):
     tokens: Array  # int32 [R, P]
     lengths: Array  # int32 [R]
     limits: Array  # int32 [R]
+    eos_id: Array  # int32 scalar
+    uniform: Array | None  # float32 [R, M], where tokens are drawn
 
 
 class Ready(NamedTuple):
@@ -234,17 +237,22 @@ def _ready(models: list[Transformer], *, dtype, mesh: Mesh) -> list[Ready]:
     return out
 
 
-STATIC = ("spec", "vocab", "eos_id", "dtype", "mesh")
+@functools.partial(jax.jit, static_argnames="new")
+def _uniforms(seed: Array, keys: Array, *, new: int) -> Array:
+    """[R, M] in [0, 1), each from its (seed, key, position) alone."""
+    row = jax.vmap(jax.random.fold_in, (None, 0))
+    token = jax.vmap(row, (0, None))(row(jax.random.key(seed), keys), jnp.arange(new, dtype=jnp.uint32))
+    return jax.vmap(jax.vmap(jax.random.uniform))(token)
+
+
+STATIC = ("spec", "vocab", "dtype", "mesh")
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
-def _start(models, batch: Batch, keys, seed, *, spec: Sampling, vocab: int, eos_id: int, dtype, mesh: Mesh):
-    """Prefill and the first token: (prompt segments, loop, whether any row goes on, uniforms [R, M])."""
+def _start(models, batch: Batch, *, spec: Sampling, vocab: int, dtype, mesh: Mesh):
+    """Prefill and the first token: (prompt segments, loop, whether any row goes on)."""
     rows, slots = batch.tokens.shape
     new, width = spec.max_new_tokens, spec.beams
-    base = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), keys)
-    per_token = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(new, dtype=jnp.uint32)))
-    uniform = jax.vmap(jax.vmap(jax.random.uniform))(per_token(base))
     positions = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32)[None], batch.tokens.shape)
     inside = (positions < batch.lengths[:, None]).astype(jnp.int32)
     prompt, z = [], []
@@ -257,7 +265,7 @@ def _start(models, batch: Batch, keys, seed, *, spec: Sampling, vocab: int, eos_
     none = jnp.zeros(rows, jnp.int32)
     if width == 1:
         state = State(jnp.int32(0), none, jnp.zeros((rows, new), jnp.int32), none, none > 0, none)
-        state = _sample(state, z, batch, uniform, spec, eos_id)
+        state = _sample(state, z, batch, spec)
     else:
         score = jnp.full((rows, width), NEVER).at[:, 0].set(0.0)  # one beam only, or all would choose the same
         empty = jnp.zeros((rows, width, new), jnp.int32)
@@ -266,12 +274,12 @@ def _start(models, batch: Batch, keys, seed, *, spec: Sampling, vocab: int, eos_
             jnp.zeros(rows * width, jnp.int32),
             *(empty, score, empty, jnp.full((rows, width), NEVER), empty[:, :, 0], none == 0, none),
         )
-        state, _ = _beam(state, jnp.repeat(z[0], width, axis=0), batch, spec, eos_id)
-    return prompt, Loop([[] for _ in models], state), _going(state, batch).any(), uniform
+        state, _ = _beam(state, jnp.repeat(z[0], width, axis=0), batch, spec)
+    return prompt, Loop([[] for _ in models], state), _going(state, batch).any()
 
 
 @functools.partial(jax.jit, static_argnames=(*STATIC, "slots"), donate_argnames="loop")
-def _decode(ready, prompt, batch: Batch, uniform, loop: Loop, *, slots, spec, vocab, eos_id, dtype, mesh):
+def _decode(ready, prompt, batch: Batch, loop: Loop, *, slots, spec, vocab, dtype, mesh):
     """A new segment of `slots` and the steps that fill it: (loop, whether any row goes on)."""
     rows = batch.tokens.shape[0] * spec.beams
     closed = sum(segment[0][0].shape[2] for segment in loop.segments[0])
@@ -296,8 +304,8 @@ def _decode(ready, prompt, batch: Batch, uniform, loop: Loop, *, slots, spec, vo
                 z.append(logits(h, r.head, vocab))
                 grown.append([*later[:-1], last])
         if spec.beams == 1:
-            return Loop(grown, _sample(state, z, batch, uniform, spec, eos_id))
-        state, parents = _beam(state, z[0], batch, spec, eos_id)
+            return Loop(grown, _sample(state, z, batch, spec))
+        state, parents = _beam(state, z[0], batch, spec)
         return Loop(jax.tree.map(lambda x: x[parents], grown), state)
 
     def on(loop: Loop) -> Array:
@@ -341,23 +349,24 @@ def _banned(z: Array, batch: Batch, out: Array, step: Array, n: int) -> Array:
     return jnp.where(repeats(history, lengths + step, n, z.shape[1]), -jnp.inf, z)
 
 
-def _sample(state: State, z: list[Array], batch: Batch, uniform: Array, spec: Sampling, eos_id: int) -> State:
+def _sample(state: State, z: list[Array], batch: Batch, spec: Sampling) -> State:
     """One more token of every row that is not done, from the logits `[R, V]` of each model."""
     alive = _going(state, batch)
     z = [_banned(x, batch, state.out, state.step, spec.no_repeat_ngram) for x in z]
-    token, near = choose(z, jax.lax.dynamic_index_in_dim(uniform, state.step, axis=1, keepdims=False), spec)
+    uniform = None if batch.uniform is None else batch.uniform.at[:, state.step].get(mode="clip")
+    token, near = choose(z, uniform, spec)
     token = jnp.where(alive, token, 0)
     return State(
         state.step + 1,
         token,
         jax.lax.dynamic_update_slice(state.out, token[:, None], (0, state.step)),
         state.lengths + alive,
-        state.ended | (alive & (token == eos_id)),
+        state.ended | (alive & (token == batch.eos_id)),
         state.near + (alive & near),
     )
 
 
-def _beam(state: BeamState, z: Array, batch: Batch, spec: Sampling, eos_id: int) -> tuple[BeamState, Array]:
+def _beam(state: BeamState, z: Array, batch: Batch, spec: Sampling) -> tuple[BeamState, Array]:
     """One more token of every beam from logits `[B, V]`; also the beam [B] that each new beam continues.
 
     As in transformers with its defaults: 2W candidates, of which the first W may finish and the best W others go on; a
@@ -375,7 +384,7 @@ def _beam(state: BeamState, z: Array, batch: Batch, spec: Sampling, eos_id: int)
     texts = jnp.take_along_axis(state.out, parent[:, :, None], axis=1)
     texts = jax.lax.dynamic_update_slice(texts, token[:, :, None], (0, 0, state.step))
     length = state.step + 1
-    over = (token == eos_id) | (length >= batch.limits)[:, None]
+    over = (token == batch.eos_id) | (length >= batch.limits)[:, None]
 
     # finished: the W best of the old ones and those among the first W candidates that end here
     ends = over & (jnp.arange(2 * width) < width)[None] & alive[:, None]

@@ -48,10 +48,42 @@ log = logging.getLogger(__name__)
 
 
 def train_runs(study: Study) -> None:
-    """Train every run that is not finished, in the order of the graph."""
+    """Train every run that is not finished, in the order of the graph. Settings are checked before the first."""
+    for run, seed in study.nodes:
+        if run.train_roles:
+            _check(study, run, seed)
     for run, seed in study.nodes:
         if run.train_roles:
             _train(study, run, seed)
+
+
+def _check(study: Study, run: Run, seed: int) -> None:
+    """What can be known of a run before anything is compiled. Raises ConfigError naming the key."""
+    config, recipe, objective = study.config, recipe_of(study.config, run), objective_of(study.config, run)
+    checks = [
+        (not objective.lm_coef or config.data.lm.path, f"objectives.{run.objective_name}.lm_coef needs data.lm.path"),
+        (
+            recipe.select != "best_dev_rouge" or config.probe.rouge_examples,
+            f"recipes.{run.recipe}.select best_dev_rouge needs probe.rouge_examples above 0",
+        ),
+        (
+            recipe.cache == "none" or not objective.on_policy,
+            f"recipes.{run.recipe}.cache {recipe.cache!r} holds a teacher on fixed data, but {objective.technique} "
+            "trains on samples of its own",
+        ),
+        (
+            objective.prefix < config.data.max_length,
+            f"objectives.{run.objective_name}.prefix must be below data.max_length",
+        ),
+    ]
+    for good, message in checks:
+        if not good:
+            raise ConfigError(f"runs.{run.name}: {message}")
+    if objective.on_policy or objective.policy == "teacher":
+        encoded = study.data.of_run(run.train_roles)
+        feeds.check_prompts(encoded, objective.prefix)
+        rows, _ = _training_rows(study, run, seed, recipe, encoded)
+        feeds.check_capacity(objective, rows.largest_batch(recipe.batch_rows))
 
 
 def _train(study: Study, run: Run, seed: int) -> None:
@@ -123,7 +155,7 @@ def _fit(study: Study, run: Run, seed: int, recipe: train.Recipe, objective: Obj
     uses_teacher = run.technique not in BASES
     load_teacher = functools.partial(load_run, study, run.teacher, _teacher_seed(study, run, seed))
     encoded = _training_data(study, run, seed, objective, load_teacher)
-    rows, steps = _training_rows(study, run, seed, recipe, objective, encoded)
+    rows, steps = _training_rows(study, run, seed, recipe, encoded)
     iterators = {"data": _iterator(rows, recipe)}
     plain = _plain_text(study, recipe, steps, seed) if objective.lm_coef else None
     if plain is not None:
@@ -138,7 +170,7 @@ def _fit(study: Study, run: Run, seed: int, recipe: train.Recipe, objective: Obj
         folder=folder,
         steps=steps,
         feed=feed,
-        evaluate=_evaluator(study, recipe),
+        evaluate=_evaluator(study),
         iterators=iterators,
     )
     rng = key(study, f"train {run.name}", seed)
@@ -178,11 +210,6 @@ def _feed(study: Study, run: Run, seed, recipe, objective, encoded, rows, iterat
     if not objective.on_policy:
         cache = _cache(study, run, seed, recipe, objective, encoded, teacher)
         return feeds.DataFeed(encoded, iterator, shapes, TEACHER if objective.policy == "teacher" else DATASET, cache)
-    if recipe.cache != "none":
-        raise ConfigError(
-            f"runs.{run.name}: recipes.{run.recipe}.cache is {recipe.cache!r}, but {objective.technique} trains on "
-            "samples of its own, which no cache can hold"
-        )
     sample = _sampler(study, recipe, objective.sampling(data.max_length))
     number, largest = _seed(study, f"samples {run.name}", seed), rows.largest_batch(recipe.batch_rows)
     if objective.policy_gradient:
@@ -262,7 +289,7 @@ def _training_data(study: Study, run: Run, seed: int, objective: Objective, load
 
 
 def _training_rows(
-    study: Study, run: Run, seed: int, recipe: train.Recipe, objective: Objective, encoded: Encoded
+    study: Study, run: Run, seed: int, recipe: train.Recipe, encoded: Encoded
 ) -> tuple[batches.TrainingRows, int]:
     """The rows of all epochs, and the optimiser steps; `recipe.steps` takes as many epochs as it needs."""
     make = _rows_of(study, encoded, _order_seed(study, run, seed))
@@ -343,13 +370,11 @@ def _inputs(study: Study, run: Run, seed: int) -> dict:
 # ------------------------------------------------------------------------------------------------------ evaluation
 
 
-def _evaluator(study: Study, recipe: train.Recipe):
+def _evaluator(study: Study):
     """`evaluate(model)`: loss of `dev`, AUC of the loss attack, ROUGE-L where asked for; all on fixed samples."""
     probe, spec = study.config.probe, scoring_spec(study)
     samples = {role: study.data.of_role(role) for role in ("dev", "private", "heldout")}
     rouge_examples = probe.rouge_examples
-    if recipe.select == "best_dev_rouge" and not rouge_examples:
-        raise ConfigError(f"recipes.{recipe.name}: select best_dev_rouge needs probe.rouge_examples above 0")
 
     def evaluate(model: Transformer) -> dict[str, float]:
         means, dev = {}, 0.0

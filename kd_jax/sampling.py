@@ -49,11 +49,11 @@ class Sampling:
                 raise ConfigError(f"sampling: {message}")
 
 
-def choose(z: list[Array], uniform: Array, spec: Sampling) -> tuple[Array, Array]:
+def choose(z: list[Array], uniform: Array | None, spec: Sampling) -> tuple[Array, Array]:
     """The next token int32 [R], and whether the choice was closer than rounding, bool [R].
 
     z: logits [R, V] float32 of the model, or of student and teacher, -inf where a token is banned. uniform: [R] in
-    [0, 1), not used at temperature 0.
+    [0, 1), None at temperature 0.
     """
     if spec.temperature == 0:
         return most_likely(z[0])

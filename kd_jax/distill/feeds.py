@@ -99,15 +99,10 @@ class SampledFeed(DataFeed):
         self, encoded, iterator, shapes: Shapes, objective: Objective, sample: Sampler, *, steps, seed, largest
     ):
         super().__init__(encoded, iterator, shapes)
-        _check_prompts(encoded)
-        replays = objective.policy != "mix"
-        if replays and objective.capacity < largest:
-            raise ConfigError(
-                f"objectives.{objective.technique}: capacity {objective.capacity} of the replay buffer is below the "
-                f"{largest} examples of the largest batch"
-            )
+        check_prompts(encoded)
+        check_capacity(objective, largest)
         self.objective, self.sample, self.steps, self.seed = objective, sample, steps, seed
-        self.buffer = ReplayBuffer(objective.capacity, shapes.max_length) if replays else None
+        self.buffer = ReplayBuffer(objective.capacity, shapes.max_length) if objective.policy != "mix" else None
         self.phi, self.previous, self.branches = objective.phi, np.inf, dict.fromkeys(("fresh", "replay", "data"), 0)
         self._first = True
 
@@ -166,7 +161,7 @@ class RolloutFeed(DataFeed):
         self, encoded, iterator, shapes: Shapes, objective: Objective, sample: Sampler, measure, *, seed, largest
     ):
         super().__init__(encoded, iterator, shapes)
-        _check_prompts(encoded)
+        check_prompts(encoded)
         self.objective, self.sample, self.measure, self.seed = objective, sample, measure, seed
         size = objective.rollouts + largest
         self.rows = Sequences.empty(size, shapes.max_length)
@@ -316,10 +311,20 @@ def split_rows(batch: Batch, micro_rows: int) -> Batch:
     return {k: split(batch[k]) for k in READ + CACHED if k in batch}
 
 
-def _check_prompts(encoded: Encoded) -> None:
-    _, lengths = prompts(encoded, np.arange(len(encoded)))
+def check_prompts(encoded: Encoded, prefix: int = 0) -> None:
+    """Raises ConfigError where an example has nothing that a model could continue."""
+    _, lengths = prompts(encoded, np.arange(len(encoded)), prefix)
     if empty := int((lengths == 0).sum()):
         raise ConfigError(
-            f"{empty} of {len(encoded)} training examples have an empty prompt: a student cannot sample from nothing. "
-            "Set data.bos, or use records with prompts"
+            f"{empty} of {len(encoded)} training examples have an empty prompt, which no model can continue: use "
+            "records with prompts, set data.bos, or, for teacher text on plain text, the objective's prefix"
+        )
+
+
+def check_capacity(objective: Objective, largest: int) -> None:
+    """Raises ConfigError where the replay buffer holds less than the `largest` batch's examples."""
+    if objective.policy in ("mix_replay", "adaptive") and objective.capacity < largest:
+        raise ConfigError(
+            f"objectives.{objective.technique}: capacity {objective.capacity} of the replay buffer is below the "
+            f"{largest} examples of the largest batch"
         )

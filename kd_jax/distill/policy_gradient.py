@@ -20,7 +20,7 @@ def rewards(logp: Array, logq: Array, mask: Array, scale: float, clip: float) ->
 
 
 def log_importance(logp: Array, logq: Array, mask: Array, alpha: float) -> Array:
-    """`log w`, `w = q / ((1 - alpha) q + alpha p)` in `(0, 1/(1-alpha)]`: what a token drawn from the mixture counts."""
+    """`log w` of a token drawn from the mixture: `w = q / ((1 - alpha) q + alpha p)`, in `(0, 1/(1-alpha)]`."""
     if alpha == 0.0:
         return jnp.zeros_like(logq)
     return jnp.where(mask, -jnp.logaddexp(jnp.log1p(-alpha), jnp.log(alpha) + logp - logq), 0.0)

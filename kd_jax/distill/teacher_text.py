@@ -18,7 +18,6 @@ from kd_jax import manifest
 from kd_jax.data.encode import Encoded, ragged
 from kd_jax.distill.feeds import Sampler, as_encoded, join, keys, prompts
 from kd_jax.distill.policies import TEACHER, Sequences
-from kd_jax.errors import ConfigError
 from kd_jax.metrics import progress
 from kd_jax.score import write_table
 
@@ -39,7 +38,7 @@ def generate_text(
     """`encoded` with every response replaced by the teacher's; made once and then read from `folder`.
 
     `inputs` is what decides the text (fingerprints of teacher, data and tokenizer, the sampling). An example that is
-    repeated in `encoded` gets one text. Raises ConfigError on empty prompts, StaleWork on other inputs.
+    repeated in `encoded` gets one text. Raises StaleWork on other inputs.
     """
     _, first, place = np.unique(encoded.example_id, return_index=True, return_inverse=True)
     whole = encoded.take(first)
@@ -71,12 +70,7 @@ def generate_text(
 
 def _generate(whole: Encoded, examples, sample: Sampler, teacher, prefix: int, max_length: int, seed: int) -> Sequences:
     tokens, lengths = prompts(whole, examples, prefix)
-    if not lengths.all():
-        raise ConfigError(
-            f"{int((lengths == 0).sum())} of {len(examples)} examples have an empty prompt, which a teacher cannot "
-            "continue: set objectives.<name>.prefix for plain text, or data.bos"
-        )
-    room = np.maximum(max_length - lengths, 1)
+    room = np.where(lengths < whole.lengths[examples], max_length - lengths, 0)  # no more text than the prefix: keep it
     found = sample(teacher, tokens, lengths, keys(whole, examples), room, seed, None)
     return join(tokens, lengths, found, examples, TEACHER, 0, max_length)
 

@@ -83,15 +83,16 @@ def six() -> ConfigDict:
     config = small(pretrained=False)
     config.title = "Dolly: six techniques, small GPT-2 models from scratch, three seeds"
     seeds = (0, 1, 2)
-    common = dict(batch_rows=8, warmup_steps=20, checkpoints=1, evaluations=2)
+    common = dict(batch_rows=8, warmup_steps=20, checkpoints=1)
     config.recipes = ConfigDict(
         dict(
-            teacher=base.recipe("matched", steps=640, lr=2e-3, **common),
-            init=base.recipe("matched", steps=120, lr=2e-3, **common),
-            matched=base.recipe("matched", steps=240, lr_grid=(5e-4, 1.5e-3, 4e-3), **common),
+            teacher=base.recipe("matched", steps=500, lr=2e-3, evaluations=1, **common),
+            init=base.recipe("matched", steps=100, lr=2e-3, evaluations=1, **common),
+            matched=base.recipe("matched", steps=200, lr_grid=(1e-3, 3e-3, 9e-3), evaluations=4, **common),
         )
     )
     config.objectives = ConfigDict({name: base.objective(name, max_new_tokens=64) for name in ("sft", *TECHNIQUES)})
+    config.objectives.distillm.phi = 0.2  # from 0 it never samples in a run whose dev loss only falls
     config.runs = base.standard_runs(
         "teacher", "matched", "matched", techniques=TECHNIQUES, shared=(), init="init", seeds=seeds
     )

@@ -50,9 +50,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config.runs = base.standard_runs("teacher", "student", "kd")
     if words[1:]:
         config.title = f"Dolly: {teacher} to {student}, techniques and recipes of {words[1]}"
-        if words[1] != "minillm":
-            adapters = dict(lora_rank=16, lora_alpha=64.0, lora_dropout=0.1)
-            config.recipes.teacher.update(name=words[1], lr=5e-4, epochs=20, **adapters)
-            config.recipes.student.update(name=words[1], lr=5e-4, epochs=3, **adapters)
         published.apply(config, words[1], "llama", "3b", GPUS)
     return config

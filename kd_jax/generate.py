@@ -29,7 +29,7 @@ from kd_jax import sharding
 from kd_jax.errors import ConfigError
 from kd_jax.head import Head, logits
 from kd_jax.sampling import Sampling, choose, margin, repeats
-from kd_jax.transformer import Blocks, Segment, Transformer, split_layers
+from kd_jax.transformer import Blocks, Segment, Transformer, few_rows, split_layers
 
 __all__ = ["Samples", "Sampling", "generate"]
 
@@ -85,12 +85,13 @@ def generate(
     if spec.mix_alpha > 0 and teacher is None:
         raise ConfigError(f"generation: mix_alpha {spec.mix_alpha} needs a teacher")
     models = {0.0: [model], 1.0: [teacher]}.get(spec.mix_alpha, [model, teacher])
+    spec = spec if len(models) == 2 else dataclasses.replace(spec, mix_alpha=0.0)
     _check(models, prompts, lengths, example_keys, limits, spec, vocab)
     fixed = dict(spec=spec, vocab=vocab, dtype=np.dtype(dtype), mesh=mesh)
     out = Samples(
         np.zeros((n, spec.max_new_tokens), np.int32), np.zeros(n, np.int32), np.zeros(n, bool), np.zeros(n, np.int32)
     )
-    ready = _ready(models, dtype=np.dtype(dtype), mesh=mesh) if n else None
+    ready = _ready(models, vocab=vocab, dtype=np.dtype(dtype), mesh=mesh) if n else None
     starts = np.cumsum(lengths) - lengths
     for rows in _batches(lengths, batch_rows, spec, mesh):
         used = rows[: len(rows) - np.sum(rows < 0)]
@@ -102,7 +103,7 @@ def generate(
         keys = column(np.asarray(example_keys, np.uint32), 0).astype(np.uint32)
         uniform = _uniforms(np.uint32(seed % 2**32), keys, new=spec.max_new_tokens) if spec.temperature else None
         batch = Batch(tokens, length, column(limits, 0).astype(np.int32), np.int32(eos_id), uniform)
-        prompt, loop, more = _start(models, batch, **fixed)
+        prompt, loop, more = _start(models, ready, batch, **fixed)
         for slots in _segments(spec.max_new_tokens):
             if not more:
                 break
@@ -182,9 +183,9 @@ class Batch(NamedTuple):
 class Ready(NamedTuple):
     """A model made ready for many steps: its layers apart and in the computing dtype."""
 
-    model: Transformer
+    model: Transformer  # without layers and head
     layers: list[Blocks]
-    head: Head
+    head: Head  # its weight transposed: a CPU multiplies [E, V] 1.4 times as fast as [V, E]
 
 
 class State(NamedTuple):
@@ -219,22 +220,29 @@ class Loop(NamedTuple):
     state: State | BeamState
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "mesh"))
-def _ready(models: list[Transformer], *, dtype, mesh: Mesh) -> list[Ready]:
+@functools.partial(jax.jit, static_argnames=("vocab", "dtype", "mesh"))
+def _ready(models: list[Transformer], *, vocab: int, dtype, mesh: Mesh) -> list[Ready]:
     """Matmul weights in the dtype, gathered over `fsdp` once, not once per token; the `tensor` axis stays."""
 
     def whole(name: str, x: Array) -> Array:
-        kept = [axis if axis == "tensor" else None for axis in sharding.spec_for(name, x.shape, mesh)]
         x = x.astype(dtype) if name.startswith("blocks.") and x.ndim == 3 else x
+        if mesh.shape["fsdp"] == 1:
+            return x
+        kept = [axis if axis == "tensor" else None for axis in sharding.spec_for(name, x.shape, mesh)]
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*kept)))
 
     out = []
     for model in models:
         leaves, tree = jax.tree.flatten(model)
-        model = jax.tree.unflatten(tree, [whole(n, x) for n, x in zip(sharding.names(model), leaves)])
-        head = jax.tree.map(lambda w: w.astype(dtype), model.head())
-        out.append(Ready(model, split_layers(model.blocks, model.cfg.layers), head))
+        rest = jax.tree.unflatten(tree, [whole(n, x) for n, x in zip(sharding.names(model), leaves)])
+        layers, head = split_layers(rest.blocks, rest.cfg.layers), rest.head()
+        rest.blocks = rest.lm_head = None  # what would only be held twice
+        out.append(Ready(rest, layers, dataclasses.replace(head, weight=head.weight[:vocab].astype(dtype).T)))
     return out
+
+
+def _logits(h: Array, ready: Ready, vocab: int) -> Array:
+    return logits(few_rows(h), dataclasses.replace(ready.head, weight=ready.head.weight.T), vocab)
 
 
 @functools.partial(jax.jit, static_argnames="new")
@@ -249,7 +257,7 @@ STATIC = ("spec", "vocab", "dtype", "mesh")
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
-def _start(models, batch: Batch, *, spec: Sampling, vocab: int, dtype, mesh: Mesh):
+def _start(models, ready, batch: Batch, *, spec: Sampling, vocab: int, dtype, mesh: Mesh):
     """Prefill and the first token: (prompt segments, loop, whether any row goes on)."""
     rows, slots = batch.tokens.shape
     new, width = spec.max_new_tokens, spec.beams
@@ -257,10 +265,10 @@ def _start(models, batch: Batch, *, spec: Sampling, vocab: int, dtype, mesh: Mes
     inside = (positions < batch.lengths[:, None]).astype(jnp.int32)
     prompt, z = [], []
     with jax.default_matmul_precision("highest"):
-        for model in models:
+        for model, r in zip(models, ready):
             h, segment = model.prefill(batch.tokens, inside, positions, dtype=dtype)
             h = jnp.take_along_axis(h, (batch.lengths - 1)[:, None, None], axis=1)[:, 0]
-            z.append(logits(h, model.head(), vocab))
+            z.append(_logits(h, r, vocab))
             prompt.append(_placed(segment, mesh))
     none = jnp.zeros(rows, jnp.int32)
     if width == 1:
@@ -301,7 +309,7 @@ def _decode(ready, prompt, batch: Batch, loop: Loop, *, slots, spec, vocab, dtyp
                 h, last = r.model.decode(
                     r.layers, state.last, lengths + fed, [first, *later], seen, fed - closed, dtype=dtype
                 )
-                z.append(logits(h, r.head, vocab))
+                z.append(_logits(h, r, vocab))
                 grown.append([*later[:-1], last])
         if spec.beams == 1:
             return Loop(grown, _sample(state, z, batch, spec))

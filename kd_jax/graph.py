@@ -107,7 +107,7 @@ def _ordered(runs: dict[str, Run]) -> list[Run]:
     done: dict[str, Run] = {}
     waiting = {name: runs[name] for name in sorted(runs, key=_priority)}
     while waiting:
-        ready = [r for r in waiting.values() if all(d in done for d in (r.init, r.teacher) if d)]
+        ready = [r for r in waiting.values() if all(d in done for d in (r.init, r.teacher, r.swap_of) if d)]
         if not ready:
             raise ConfigError(f"runs depend on one another in a circle: {sorted(waiting)}")
         done[ready[0].name] = waiting.pop(ready[0].name)

@@ -73,7 +73,10 @@ def fit(
 
     Raises FloatingPointError when the loss stops being finite, naming the step and the last good checkpoint.
     """
-    rate, tx, step_fn = _compiled(recipe, objective, vocab, teacher is not None, task.steps, mesh)
+    rate = optim.schedule(
+        recipe.schedule, lr=recipe.lr, lr_min=recipe.lr_min, warmup_steps=recipe.warmup_steps, steps=task.steps
+    )
+    tx, step_fn = _compiled(dataclasses.replace(recipe, **SCHEDULE), objective, vocab, teacher is not None, mesh)
     if recipe.lora_rank:
         model = lora.attach(model, recipe.lora, jax.random.fold_in(rng, 1))
     trainable, frozen = lora.split(model)
@@ -89,15 +92,14 @@ def fit(
     return loop.result(state)
 
 
+# Keys of a recipe that no compiled step depends on, at one value each.
+SCHEDULE = dict(name="", steps=0, epochs=1, lr=1.0, lr_grid=(), lr_min=0.0, schedule="constant", warmup_steps=0)
+
+
 @functools.lru_cache(maxsize=32)
-def _compiled(recipe: Recipe, objective: Objective, vocab: int, has_teacher: bool, steps: int, mesh: Mesh):
-    """Schedule, optimizer and jitted step: one for all runs that differ in their data and seeds alone."""
-    rate = optim.schedule(
-        recipe.schedule, lr=recipe.lr, lr_min=recipe.lr_min, warmup_steps=recipe.warmup_steps, steps=steps
-    )
-    tx = optim.optimizer(
-        rate, b1=recipe.b1, b2=recipe.b2, eps=recipe.eps, weight_decay=recipe.weight_decay, clip=recipe.clip
-    )
+def _compiled(recipe: Recipe, objective: Objective, vocab: int, has_teacher: bool, mesh: Mesh):
+    """Optimizer and jitted step: one for all runs that differ in data, seed, steps and learning rate alone."""
+    tx = optim.optimizer(b1=recipe.b1, b2=recipe.b2, eps=recipe.eps, weight_decay=recipe.weight_decay, clip=recipe.clip)
     step = make_train_step(tx, recipe, objective, vocab, has_teacher)
 
     def placed(state, *inputs):
@@ -105,7 +107,7 @@ def _compiled(recipe: Recipe, objective: Objective, vocab: int, has_teacher: boo
         constrain = jax.lax.with_sharding_constraint
         return constrain(state, sharding.shardings(state, mesh)), constrain(metrics, NamedSharding(mesh, P()))
 
-    return rate, tx, jax.jit(placed, donate_argnums=0)
+    return tx, jax.jit(placed, donate_argnums=0)
 
 
 def _abstract(tree, mesh: Mesh):
@@ -145,13 +147,14 @@ class Loop:
                 plain = next(task.iterators["lm"])
                 ledger.add_plain(step, plain)
                 plain = self._place(feeds.split_rows(plain, recipe.micro_batch_rows))
-            state, values = self.step_fn(state, self.frozen, self.teacher, self._place(batch), plain)
+            rate = np.float32(self.rate(step - 1))
+            state, values = self.step_fn(state, self.frozen, self.teacher, self._place(batch), plain, rate)
             window.append(values)
             if step % log_every == 0 or step in evaluate_at or step in save_at:
                 # the only host sync of the loop: one fetch for the whole window, after its last step was dispatched
                 row = _summary(jax.device_get(window), time.perf_counter() - since)
                 self._check(row, step, len(window))
-                row["train/learning_rate"] = float(self.rate(step - 1))
+                row["train/learning_rate"] = float(rate)
                 bar.set_postfix(loss=f"{row['train/loss']:.3f}", refresh=False)
                 bar.update(step - bar.n)
                 if step in evaluate_at:
@@ -170,7 +173,7 @@ class Loop:
         model, facts = lora.merge(lora.join(state.model, self.frozen)), self.task.feed.facts()
         best = manifest.read(self.task.folder / "best")
         if SELECT[self.recipe.select] is None or best is None:
-            return Trained(model, self.task.steps, self.last or self.task.evaluate(model), facts)
+            return Trained(model, self.task.steps, self.last or self._measure(state), facts)
         model = checkpoint.load_params(self.task.folder / "best" / "params", _abstract(model, self.mesh))
         return Trained(model, best["facts"]["step"], best["facts"]["dev"], facts)
 
@@ -178,8 +181,7 @@ class Loop:
         return sharding.place_batch(batch, self.mesh, leading=1)
 
     def _evaluate(self, state: TrainState, step: int, row: dict[str, float]) -> None:
-        model = lora.join(state.model, self.frozen)
-        self.last = self.task.evaluate(model)
+        self.last = self._measure(state)
         self.task.feed.evaluated(self.last["eval/dev_loss"])
         self.metrics.write(step, row | self.last)
         rule = SELECT[self.recipe.select]
@@ -189,8 +191,16 @@ class Loop:
         found = manifest.read(folder)
         # A better one of a later step was found before the run was interrupted; the same step will find it again.
         if found is None or found["facts"]["step"] > step or sign * self.last[key] < sign * found["facts"]["dev"][key]:
-            checkpoint.save_params(folder / "params", lora.merge(model))
+            checkpoint.save_params(folder / "params", lora.merge(lora.join(state.model, self.frozen)))
             manifest.write(folder, {"select": self.recipe.select}, {"step": step, "dev": self.last})
+
+    def _measure(self, state: TrainState) -> dict[str, float]:
+        found = self.task.evaluate(lora.join(state.model, self.frozen))
+        if not all(map(math.isfinite, found.values())):
+            raise FloatingPointError(
+                f"{self.task.label}: an evaluation is not finite ({found}): lower the learning rate"
+            )
+        return found
 
     def _check(self, row: dict[str, float], step: int, steps: int) -> None:
         if not math.isfinite(row["train/loss"]):

@@ -36,9 +36,7 @@ def decayed(params):
     return jax.tree.unflatten(treedef, flags)
 
 
-def optimizer(
-    learning_rate: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: float, clip: float
-) -> optax.GradientTransformation:
-    """AdamW behind a global-norm clip (`clip` 0: none)."""
-    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
+def optimizer(*, b1: float, b2: float, eps: float, weight_decay: float, clip: float) -> optax.GradientTransformation:
+    """AdamW at learning rate 1, which the training step scales, behind a global-norm clip (`clip` 0: none)."""
+    adamw = optax.adamw(1.0, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decayed)
     return optax.chain(optax.clip_by_global_norm(clip), adamw) if clip else adamw

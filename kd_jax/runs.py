@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from kd_jax.data import batches
 from kd_jax.data.encode import Encoded
 from kd_jax.distill import feeds, ledger, teacher_text
 from kd_jax.distill.objective import Objective
-from kd_jax.distill.policies import DATASET, SOURCES, TEACHER
+from kd_jax.distill.policies import DATASET, SOURCES, STUDENT, TEACHER
 from kd_jax.errors import ConfigError
 from kd_jax.generate import Sampling, generate
 from kd_jax.graph import BASES, Run
@@ -37,8 +36,10 @@ from kd_jax.study import (
     key,
     load_run,
     named_files,
+    number,
     objective_of,
     recipe_of,
+    sampling_spec,
     scoring_spec,
     versions,
 )
@@ -65,11 +66,6 @@ def _check(study: Study, run: Run, seed: int) -> None:
         (
             recipe.select != "best_dev_rouge" or config.probe.rouge_examples,
             f"recipes.{run.recipe}.select best_dev_rouge needs probe.rouge_examples above 0",
-        ),
-        (
-            recipe.cache == "none" or not objective.on_policy,
-            f"recipes.{run.recipe}.cache {recipe.cache!r} holds a teacher on fixed data, but {objective.technique} "
-            "trains on samples of its own",
         ),
         (
             objective.prefix < config.data.max_length,
@@ -201,7 +197,7 @@ def _fit(study: Study, run: Run, seed: int, recipe: train.Recipe, objective: Obj
 
 
 def _source_label(used) -> np.ndarray:
-    return np.where(used.replayed & (used.source == SOURCES[2]), "replay", used.source)
+    return np.where(used.replayed & (used.source == SOURCES[STUDENT]), "replay", used.source)
 
 
 def _feed(study: Study, run: Run, seed, recipe, objective, encoded, rows, iterator, steps, teacher) -> feeds.Feed:
@@ -211,11 +207,11 @@ def _feed(study: Study, run: Run, seed, recipe, objective, encoded, rows, iterat
         cache = _cache(study, run, seed, recipe, objective, encoded, teacher)
         return feeds.DataFeed(encoded, iterator, shapes, TEACHER if objective.policy == "teacher" else DATASET, cache)
     sample = _sampler(study, recipe, objective.sampling(data.max_length))
-    number, largest = _seed(study, f"samples {run.name}", seed), rows.largest_batch(recipe.batch_rows)
+    word, largest = number(study, f"samples {run.name}", seed), rows.largest_batch(recipe.batch_rows)
     if objective.policy_gradient:
         measure = train.make_measure(objective, recipe, study.vocab, study.mesh)
-        return feeds.RolloutFeed(encoded, iterator, shapes, objective, sample, measure, seed=number, largest=largest)
-    return feeds.SampledFeed(encoded, iterator, shapes, objective, sample, steps=steps, seed=number, largest=largest)
+        return feeds.RolloutFeed(encoded, iterator, shapes, objective, sample, measure, seed=word, largest=largest)
+    return feeds.SampledFeed(encoded, iterator, shapes, objective, sample, steps=steps, seed=word, largest=largest)
 
 
 def _sampler(study: Study, recipe: train.Recipe, sampling: Sampling) -> feeds.Sampler:
@@ -268,9 +264,11 @@ def _training_data(study: Study, run: Run, seed: int, objective: Objective, load
         return encoded
     teacher_seed = _teacher_seed(study, run, seed)
     sampling = objective.sampling(study.config.data.max_length)
+    recipe = recipe_of(study.config, run)
     inputs = {
-        "teacher": manifest.read(study.folder(study.runs[run.teacher], teacher_seed))["facts"]["params_fingerprint"],
+        "teacher": _identity(study, run.teacher, teacher_seed),
         "sampling": dataclasses.asdict(sampling),
+        "compute_dtype": recipe.compute_dtype,
         "tokenizer": study.data.tokenizer.fingerprint,
         "roles": list(run.train_roles),
     }
@@ -278,11 +276,11 @@ def _training_data(study: Study, run: Run, seed: int, objective: Objective, load
     return teacher_text.generate_text(
         study.workdir / "generated" / run.teacher / f"seed{teacher_seed}" / digest,
         encoded,
-        _sampler(study, recipe_of(study.config, run), sampling),
+        _sampler(study, recipe, sampling),
         load_teacher,
         prefix=objective.prefix,
         max_length=study.config.data.max_length,
-        seed=_seed(study, f"text {run.teacher}", teacher_seed),
+        seed=number(study, f"text {run.teacher}", teacher_seed),
         inputs=inputs,
         label=f"text of {run.teacher} seed{teacher_seed}",
     )
@@ -316,7 +314,7 @@ def _enough(make: Callable[..., batches.TrainingRows], wanted: int) -> batches.T
 def _plain_text(study: Study, recipe: train.Recipe, steps: int, seed: int):
     """Windows of the language-model term's plain text, and their rows."""
     encoded = prepare.plain_text(study.config, study.data.tokenizer, "lm")
-    make = _rows_of(study, encoded, _seed(study, "order lm", seed))
+    make = _rows_of(study, encoded, number(study, "order lm", seed))
     return encoded, _enough(make, steps * recipe.batch_rows)
 
 
@@ -328,41 +326,53 @@ def _iterator(rows: batches.TrainingRows, recipe: train.Recipe):
 
 def _order_seed(study: Study, run: Run, seed: int) -> int:
     """Runs on the same roles see the same order, so that they differ in what their config says and nothing else."""
-    return _seed(study, f"order {','.join(run.train_roles)}", seed)
-
-
-def _seed(study: Study, purpose: str, seed: int) -> int:
-    word = hashlib.sha256(f"{study.config.seed} {purpose} {seed}".encode()).digest()
-    return int.from_bytes(word[:4], "little")
+    return number(study, f"order {','.join(run.train_roles)}", seed)
 
 
 def _teacher_seed(study: Study, run: Run, seed: int) -> int:
     return study.runs[run.teacher].seed_for(seed) if run.teacher else 0
 
 
+def _identity(study: Study, name: str, seed: int):
+    """What identifies the parameters of an earlier run: their fingerprint, or where a base comes from."""
+    run = study.runs[name]
+    if not run.train_roles:
+        return study.config.models[run.model].to_dict()
+    found = manifest.read(study.folder(run, seed))
+    if found is None:
+        raise FileNotFoundError(f"run {name} seed {seed} is needed here and not trained yet")
+    return found["facts"]["params_fingerprint"]
+
+
+def _read(objective: Objective) -> set[str]:
+    """Files that training depends on besides the records, by their keys."""
+    files = {"data.pretrain.path", *(f"tokenizer.{key}" for key in ("path", "vocab", "merges", "json"))}
+    return files | {"models.teacher.path", "models.student.path"} | ({"data.lm.path"} if objective.lm_coef else set())
+
+
+def _answers(study: Study) -> dict:
+    """How dev prompts are answered where ROUGE selects a checkpoint."""
+    return dataclasses.asdict(sampling_spec(study)) | {"seed": study.config.utility.seeds[:1]}
+
+
 def _inputs(study: Study, run: Run, seed: int) -> dict:
     """What decides a run's result. Earlier runs enter by the fingerprint of their parameters."""
-    earlier = {}
-    for kind in ("init", "teacher"):
-        if name := getattr(run, kind):
-            source = study.runs[name]
-            found = manifest.read(study.folder(source, source.seed_for(seed))) if source.train_roles else None
-            if source.train_roles and found is None:
-                raise FileNotFoundError(f"run {run.name} needs {name}, which is not trained yet")
-            earlier[kind] = (
-                found["facts"]["params_fingerprint"] if found else study.config.models[source.model].to_dict()
-            )
-    objective = objective_of(study.config, run)
+    named = {kind: name for kind in ("init", "teacher") if (name := getattr(run, kind))}
+    earlier = {kind: _identity(study, name, study.runs[name].seed_for(seed)) for kind, name in named.items()}
+    recipe, objective = recipe_of(study.config, run), objective_of(study.config, run)
     return dict(
         run=dataclasses.asdict(run) | {"seeds": [seed]},
         seed=study.config.seed,
         model=study.config.models[run.model].to_dict(),
-        recipe=dataclasses.asdict(recipe_of(study.config, run)),
+        recipe=dataclasses.asdict(recipe),
+        answers=_answers(study) if recipe.select == "best_dev_rouge" else {},
         objective=dataclasses.asdict(objective),
         earlier=earlier,
         rows=[study.config.data[k] for k in ("pack", "row_length", "max_length")],
         lm=study.config.data.lm.to_dict() if objective.lm_coef else {},
-        files={key: manifest.stamp(path) for key, path in named_files(study.config).items() if key != "data.path"},
+        lr=_rates(study, run, seed, recipe)[0],
+        probe=study.config.probe.to_dict(),
+        files={key: manifest.stamp(path) for key, path in named_files(study.config).items() if key in _read(objective)},
         **study.data.fingerprints(),
     )
 
@@ -381,6 +391,8 @@ def _evaluator(study: Study):
         for role, encoded in samples.items():
             indices = np.arange(min(probe.examples, len(encoded)))
             counts, fields = scoring.score(model, encoded, indices, spec, study.mesh)
+            if not np.isfinite(fields["logp"]).all():
+                return {"eval/dev_loss": float("nan")}
             sums = np.add.reduceat(fields["logp"].astype(np.float64), np.concatenate([[0], np.cumsum(counts)[:-1]]))
             means[role] = sums / counts
             dev = -sums.sum() / counts.sum() if role == "dev" else dev

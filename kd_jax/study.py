@@ -66,9 +66,22 @@ def open_study(config: ConfigDict, workdir: Path, mesh: Mesh, only: str = "") ->
     study = Study(config, workdir, mesh, prepare.prepare(config, workdir), runs, only)
     scoring_spec(study)
     sampling_spec(study)
+    _check_utility(study)
     for name in config.models:
         _check_model(study, name)
     return study
+
+
+def _check_utility(study: Study) -> None:
+    u = study.config.utility
+    wrong = [name for name in u.roles if not (study.data.splits.role == name).any()] if u.seeds else []
+    if wrong:
+        raise ConfigError(f"utility.roles: no record has the role {', '.join(wrong)}")
+    if both := set(u.roles) & set(u.files):
+        raise ConfigError(f"utility: {', '.join(both)} names a role and a file")
+    for path in u.files.values() if u.seeds else ():
+        if not Path(path).is_file():
+            raise ConfigError(f"utility.files: {path} is not a file")
 
 
 def recipe_of(config: ConfigDict, run: Run) -> train.Recipe:
@@ -150,7 +163,7 @@ def _check_model(study: Study, name: str) -> None:
     cfg, data = model_config(study, name), study.config.data
     if cfg.vocab_size < study.vocab:
         raise ConfigError(f"models.{name} has {cfg.vocab_size} vocabulary rows, the tokenizer {study.vocab} tokens")
-    if cfg.positions == "learned" and cfg.max_positions < data.max_length:
+    if cfg.max_positions < data.max_length:
         raise ConfigError(f"models.{name} has {cfg.max_positions} positions, data.max_length is {data.max_length}")
     path = study.config.models[name].path
     if path and study.config.tokenizer.path != path:
@@ -171,9 +184,14 @@ def base_model(study: Study, run: Run, seed: int) -> Transformer:
     return jax.jit(make, out_shardings=shardings)(key(study, f"init {run.model}", seed))
 
 
-def key(study: Study, purpose: str, seed: int) -> jax.Array:
+def number(study: Study, purpose: str, seed: int) -> int:
+    """32 random bits for a purpose, from the study's seed and the run's."""
     word = hashlib.sha256(f"{study.config.seed} {purpose} {seed}".encode()).digest()
-    return jax.random.key(int.from_bytes(word[:4], "little"))
+    return int.from_bytes(word[:4], "little")
+
+
+def key(study: Study, purpose: str, seed: int) -> jax.Array:
+    return jax.random.key(number(study, purpose, seed))
 
 
 def load_run(study: Study, name: str, seed: int) -> Transformer:

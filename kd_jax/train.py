@@ -154,10 +154,11 @@ def token_losses(
 def make_train_step(
     tx: optax.GradientTransformation, recipe: Recipe, objective: Objective, vocab: int, has_teacher: bool
 ) -> Callable:
-    """`step(state, frozen, teacher, batch, plain) -> (state, metrics)`.
+    """`step(state, frozen, teacher, batch, plain, rate) -> (state, metrics)`.
 
     `batch` arrays are `[micro-batches, R, T]` (see `kd_jax.distill.feeds`), `plain` those of plain text or None;
-    `frozen` is the other half of `lora.split`.
+    `frozen` is the other half of `lora.split`; what `tx` says is multiplied by `rate`, so that learning
+    rates share a program.
     Metrics (scalars): `loss`; `ce`, `kd`, `policy`, `lm` (nats per scored token); `tokens` (scored); `gradient_norm`.
     """
     compute = {"dtype": DTYPES[recipe.compute_dtype], "remat": recipe.remat}
@@ -204,7 +205,7 @@ def make_train_step(
         add = lambda carry, x: (jax.tree.map(jnp.add, carry, gradient(state.model, *x)), None)
         return jax.lax.scan(add, zero, (batch, jnp.arange(micro_batches)))[0]
 
-    def step(state: TrainState, frozen, teacher, batch: dict, plain: dict | None = None) -> tuple[TrainState, dict]:
+    def step(state: TrainState, frozen, teacher, batch: dict, plain: dict | None = None, rate=1.0):
         tokens, key = jnp.sum(batch["loss_mask"]), jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         if objective.policy_gradient:
             batch = batch | {"advantage": advantages(objective, batch)}
@@ -215,7 +216,7 @@ def make_train_step(
             grads = jax.tree.map(jnp.add, grads, more[1])
         updates, opt_state = tx.update(grads, state.opt_state, state.model)
         metrics = {"loss": loss, **values, "tokens": tokens, "gradient_norm": optax.tree.norm(grads)}
-        model = optax.apply_updates(state.model, updates)
+        model = optax.apply_updates(state.model, jax.tree.map(lambda u: rate * u, updates))
         return TrainState(state.step + 1, model, opt_state, state.rng), metrics
 
     return step

@@ -212,6 +212,7 @@ class Transformer(nnx.Module):
         self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, *, dtype: DTypeLike = jnp.float32
     ) -> tuple[jax.Array, Segment]:
         """`hidden`, and the keys and values of all tokens, as the first segment of the cache of `decode`."""
+        tokens, positions = (jnp.where(segment_ids == 0, 0, array) for array in (tokens, positions))
         x, rotation = self.enter(tokens, positions, dtype)
         mask = attention_mask(segment_ids)
 
@@ -279,8 +280,20 @@ def lookup(table: Table, index: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 def dense(x: jax.Array, weight: nnx.Param | Adapted, bias: nnx.Param | None = None) -> jax.Array:
+    x = few_rows(x)
     y = weight(x) if isinstance(weight, Adapted) else x @ weight.astype(x.dtype)
     return y if bias is None else y + bias.astype(x.dtype)[None]
+
+
+def few_rows(x: jax.Array) -> jax.Array:
+    """x [rows, D] for a matmul with a large weight.
+
+    On a CPU, XLA hands a matmul to a library (YNNPACK) that packs the whole weight anew for every token, unless the
+    left side is transposed: then Eigen reads it as it stands, 1.2 to 1.4 times as fast up to 16 rows.
+    """
+    if jax.default_backend() != "cpu" or x.shape[0] > 16:
+        return x
+    return jax.lax.optimization_barrier(x.T).T
 
 
 def attention_mask(segment_ids: jax.Array) -> jax.Array:

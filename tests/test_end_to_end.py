@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kd_jax.distill.objective import TECHNIQUES
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -25,7 +27,9 @@ ENVIRONMENT = os.environ | {
 }
 
 
-def start(workdir: Path, *arguments: str, config: str = "configs/quickstart.py:tiny") -> subprocess.CompletedProcess:
+def start(
+    workdir: Path, *arguments: str, config: str = "configs/quickstart.py:tiny,all"
+) -> subprocess.CompletedProcess:
     command = [sys.executable, "main.py", f"--config={config}", f"--workdir={workdir}", *arguments]
     return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
@@ -48,7 +52,7 @@ def test_it_ends_with_the_sentence_and_the_report(study):
 
 def test_every_run_left_what_the_readme_says(study):
     workdir, _ = study
-    runs = ["teacher", "null", "direct", "swap", "students/kd", "swap_students/kd"]
+    runs = ["teacher", "null", "direct", "swap", "swap_students/kd", *(f"students/{name}" for name in TECHNIQUES)]
     for run in runs:
         folder = workdir / "runs" / run / "seed0"
         assert json.loads((folder / "manifest.json").read_text())["facts"]["step"] > 0
@@ -62,6 +66,25 @@ def test_every_run_left_what_the_readme_says(study):
     table = pd.read_csv(workdir / "report" / "membership.csv", keep_default_na=False, na_values=[""])
     plain = table[table.role_pair == "private-heldout"]
     assert {"null", "teacher", "students/kd", "swap"} <= set(plain.model) and (plain.n_members > 0).all()
+
+
+def test_all_six_techniques_are_reported_with_their_use_and_their_sources(study):
+    report = study[0] / "report"
+    read = lambda name: pd.read_csv(report / name, keep_default_na=False, na_values=[""])
+    students = {f"students/{name}" for name in TECHNIQUES}
+    membership = read("membership.csv")
+    for attack in ("loss", "zlib", "min_k", "min_k_plus_plus", "reference:null"):
+        rows = membership[(membership.attack == attack) & (membership.metric == "auc") & (membership.task == "all")]
+        assert students <= set(rows.model), attack
+    rouge = read("utility.csv").query("measure == 'rouge_l@dev'")
+    assert students | {"null", "teacher"} <= set(rouge.model) and rouge.value.between(0, 100).all()
+    ledger = pd.read_parquet(report / "ledger.parquet")
+    sources = ledger.groupby("model").source.agg(set)
+    assert sources["students/kd"] == {"dataset"} and sources["students/seqkd"] == {"teacher"}
+    assert sources["students/imitkd"] == {"student"} and sources["students/minillm"] == {"mixed"}
+    assert "student" in sources["students/gkd"]
+    assert set(ledger[ledger.model == "students/imitkd"].role) == {"public"}, "students see public prompts only"
+    assert "One seed ranks nothing." in (report / "index.html").read_text()
 
 
 def test_the_same_command_again_says_that_all_is_done(study):
@@ -82,7 +105,13 @@ def test_changed_inputs_are_refused_with_what_changed(study):
 def test_a_run_killed_in_training_continues_to_the_same_parameters(study, tmp_path):
     workdir, _ = study
     arguments = ("--stages=train", "--only=teacher", "--config.recipes.matched.checkpoints=4")
-    command = [sys.executable, "main.py", "--config=configs/quickstart.py:tiny", f"--workdir={tmp_path}", *arguments]
+    command = [
+        sys.executable,
+        "main.py",
+        "--config=configs/quickstart.py:tiny,all",
+        f"--workdir={tmp_path}",
+        *arguments,
+    ]
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     checkpoints = tmp_path / "runs" / "teacher" / "seed0" / "checkpoints"
     while process.poll() is None and not (
@@ -116,7 +145,7 @@ def test_no_text_of_a_record_stands_in_report_or_logs(study):
     from kd_jax import prepare
 
     workdir, done = study
-    frame = prepare.prepare(quickstart.get_config("tiny"), workdir).frame
+    frame = prepare.prepare(quickstart.get_config("tiny,all"), workdir).frame
     texts = frame[frame.task != "canary"].response.str.slice(0, 40).tolist()
     files = [p for p in workdir.rglob("*") if p.is_file() and p.suffix in {".html", ".json", ".jsonl", ".csv", ""}]
     everything = (

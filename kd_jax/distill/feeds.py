@@ -1,7 +1,8 @@
 """What every optimiser step trains on: packed batches of data, of student samples, or of MiniLLM's rollouts.
 
-A feed turns the next batch of the data iterator into the step's batch. The prompts and their order are the data's in
-every policy, so runs of different techniques meet the same prompts at the same steps; only the responses differ.
+A feed turns the next batch of the data iterator into the step's batch. Every policy asks for the same records in the
+same order: fresh samples answer the prompts that a run on the data would meet at that step. What is then trained on may
+be a draw of the replay buffer, and MiniLLM passes several times over a set of prompts before it asks for the next.
 Everything that a resumed run needs is in `state()`, arrays of fixed shapes; random numbers are drawn from (seed, step).
 
 A feed's batch adds to those of `kd_jax.data.batches`, arrays `[micro-batches, R, T]`:
@@ -26,6 +27,7 @@ from kd_jax.distill.objective import Objective
 from kd_jax.distill.policies import DATASET, MIXED, STUDENT, ReplayBuffer, Sequences
 from kd_jax.errors import ConfigError
 from kd_jax.generate import Samples
+from kd_jax.teacher_cache import BIASED
 
 READ = ("tokens", "targets", "segment_ids", "positions", "loss_mask", "ce_mask", "returns", "offset", "importance")
 CACHED = ("teacher_hidden", "teacher_ids", "teacher_logp")
@@ -89,10 +91,29 @@ class DataFeed:
     def restore(self, state: dict[str, np.ndarray]) -> None: ...
 
     def facts(self) -> dict:
-        return {}
+        biased = self.cache is not None and self.cache.spec.kind == "top_k"
+        return {"warnings": [f"top-k teacher cache: {BIASED}"]} if biased else {}
 
 
-class SampledFeed(DataFeed):
+class SamplingFeed(DataFeed):
+    """What the feeds that sample share; `near_ties` counts tokens that another device might have drawn otherwise."""
+
+    objective: Objective
+    sample: Sampler
+    seed: int
+    near_ties: int = 0
+
+    def _draw(self, examples: np.ndarray, model, teacher, step: int, source: int) -> Sequences:
+        """Sample a response to the prompt of each of these examples."""
+        tokens, lengths = prompts(self.encoded, examples)
+        number = int(np.random.default_rng([self.seed, step, 1]).integers(2**31))
+        room = self.shapes.max_length - lengths
+        found = self.sample(model, tokens, lengths, keys(self.encoded, examples), room, number, teacher)
+        self.near_ties += int(np.sum(found.near_ties))
+        return join(tokens, lengths, found, examples, source, step, self.shapes.max_length)
+
+
+class SampledFeed(SamplingFeed):
     """Policies `mix`, `mix_replay`, `adaptive`: steps on student samples, replayed ones, or the data."""
 
     def __init__(
@@ -115,15 +136,14 @@ class SampledFeed(DataFeed):
         examples, _ = examples_of(next(self.iterator))
         rows = None
         if branch == policies.FRESH or self.objective.policy == "mix_replay":
-            rows = draw(self.encoded, examples, self.sample, model, None, self.seed, step, self.shapes, STUDENT)
+            rows = self._draw(examples, model, None, step, STUDENT)
             if self.buffer is not None:
                 self.buffer.push(rows)
         if branch == policies.REPLAY:
             rows = self.buffer.draw(len(examples), np.random.default_rng([self.seed, step, 2]))
-        batch, order = _lay_out(rows, self.shapes)
-        return split_rows(batch | {"ce_mask": np.zeros_like(batch["loss_mask"])}, self.shapes.micro_rows), _used(
-            rows, batch, order
-        )
+        batch, _ = _lay_out(rows, self.shapes)
+        batch["ce_mask"] = np.zeros_like(batch["loss_mask"])
+        return split_rows(batch, self.shapes.micro_rows), _used(rows)
 
     def evaluated(self, dev_loss: float) -> None:
         if self._first:
@@ -132,26 +152,28 @@ class SampledFeed(DataFeed):
             self.phi, self.previous = policies.next_threshold(self.objective, self.phi, self.previous, dev_loss)
 
     def state(self) -> dict[str, np.ndarray]:
-        numbers = np.array([self.phi, self.previous, *self.branches.values()], np.float64)
+        numbers = np.array([self.near_ties, self.phi, self.previous, *self.branches.values()], np.float64)
         return {"numbers": numbers} | ({} if self.buffer is None else self.buffer.state())
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
-        self.phi, self.previous, *counts = np.asarray(state["numbers"]).tolist()
+        near, self.phi, self.previous, *counts = np.asarray(state["numbers"]).tolist()
+        self.near_ties = int(near)
         self.branches = {name: int(count) for name, count in zip(self.branches, counts)}
         self._first = False
         if self.buffer is not None:
             self.buffer.restore({k: v for k, v in state.items() if k != "numbers"})
 
     def facts(self) -> dict:
-        found = {"branches": dict(self.branches)}
+        found = {"branches": dict(self.branches), "near_ties": self.near_ties}
         if self.objective.policy == "adaptive":
             found["phi"] = self.phi
             if self.branches["fresh"] + self.branches["replay"] == 0:
-                found["warnings"] = ["phi stayed 0: no student sample was ever used"]
+                what = f"no step used a student sample (phi ended at {self.phi:g})"
+                found["warnings"] = [f"{what}: this was {self.objective.divergence} on the data"]
         return found
 
 
-class RolloutFeed(DataFeed):
+class RolloutFeed(SamplingFeed):
     """Policy `mixed_rollouts`: sample a set of prompts once, then several passes of optimiser steps over the set.
 
     `measure(model, teacher, batch) -> {"returns", "offset", "importance"}: [R, T]` of a packed batch of samples.
@@ -183,15 +205,17 @@ class RolloutFeed(DataFeed):
         for name, values in self.values.items():
             extra[name][batch["loss_mask"]] = values.reshape(-1)[flat]
         extra["ce_mask"] = np.zeros_like(batch["loss_mask"])
-        return split_rows(batch | extra, self.shapes.micro_rows), _used(rows, batch, order)
+        return split_rows(batch | extra, self.shapes.micro_rows), _used(rows)
 
     def _collect(self, step: int, model, teacher) -> None:
         """As many batches of prompts as make `rollouts` samples, sampled and measured."""
         batches: list[np.ndarray] = []
         while sum(map(len, batches)) < self.objective.rollouts:
-            batches.append(examples_of(next(self.iterator))[0])
+            if (batch := next(self.iterator, None)) is None:  # the last set of a run may be smaller
+                break
+            batches.append(examples_of(batch)[0])
         examples = np.concatenate(batches)
-        rows = draw(self.encoded, examples, self.sample, model, teacher, self.seed, step, self.shapes, MIXED)
+        rows = self._draw(examples, model, teacher, step, MIXED)
         self.n, self.parts, self.done, self.sets = len(rows), len(batches), 0, self.sets + 1
         for name, values in self.rows.arrays().items():
             values[: self.n] = getattr(rows, name)
@@ -209,17 +233,17 @@ class RolloutFeed(DataFeed):
             values.reshape(-1)[place] = found[batch["loss_mask"]]
 
     def state(self) -> dict[str, np.ndarray]:
-        numbers = np.array([self.n, self.parts, self.done, self.sets])
+        numbers = np.array([self.n, self.parts, self.done, self.sets, self.near_ties])
         return {"numbers": numbers, **self.rows.arrays(), **self.values}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         state = {k: np.array(v) for k, v in state.items()}
-        self.n, self.parts, self.done, self.sets = state.pop("numbers").tolist()
+        self.n, self.parts, self.done, self.sets, self.near_ties = state.pop("numbers").tolist()
         self.values = {k: state.pop(k) for k in self.values}
         self.rows = Sequences(**state)
 
     def facts(self) -> dict:
-        return {"branches": {"rollout_sets": self.sets}}
+        return {"branches": {"rollout_sets": self.sets}, "near_ties": self.near_ties}
 
 
 # --------------------------------------------------------------------------------------------------------- samples
@@ -243,16 +267,6 @@ def keys(encoded: Encoded, examples: np.ndarray) -> np.ndarray:
     ids = encoded.example_id[examples]
     copy = pd.Series(ids).groupby(ids).cumcount().to_numpy()
     return np.fromiter((zlib.crc32(f"{i}:{c}".encode()) for i, c in zip(ids, copy)), np.uint32, len(ids))
-
-
-def draw(
-    encoded, examples, sample: Sampler, model, teacher, seed: int, step: int, shapes: Shapes, source: int
-) -> Sequences:
-    """Sample a response to the prompt of each of these examples."""
-    tokens, lengths = prompts(encoded, examples)
-    number = int(np.random.default_rng([seed, step, 1]).integers(2**31))
-    found = sample(model, tokens, lengths, keys(encoded, examples), shapes.max_length - lengths, number, teacher)
-    return join(tokens, lengths, found, examples, source, step, shapes.max_length)
 
 
 def join(tokens, lengths, found: Samples, examples, source: int, step: int, max_length: int) -> Sequences:
@@ -292,7 +306,7 @@ def _scored(rows: Sequences) -> np.ndarray:
     return rows.length - np.maximum(rows.prompt, 1)  # the first token of all has no predictor
 
 
-def _used(rows: Sequences, batch: Batch, order: np.ndarray) -> Used:
+def _used(rows: Sequences) -> Used:
     return Used(rows.example, rows.source, rows.created, _scored(rows))
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 from kd_jax.data.batches import Batch
 from kd_jax.distill.feeds import Used, examples_of
 from kd_jax.distill.objective import Objective
-from kd_jax.distill.policies import DATASET, LM_CORPUS, SOURCES, TEACHER
+from kd_jax.distill.policies import DATASET, LM_CORPUS, SOURCES, STUDENT, TEACHER
 
 STEP_COLUMNS = {"step": np.int32, "example": np.int32, "source": np.int8, "created": np.int32, "tokens": np.int32}
 
@@ -69,7 +69,7 @@ def summarize(folder: Path, objective: Objective, has_teacher: bool, records: np
     """
     rows = pd.concat([pd.read_parquet(p) for p in sorted(folder.glob("*.parquet"))], ignore_index=True)
     rows["age"] = rows.step - rows.created
-    rows["replayed"] = rows.age > 0
+    rows["replayed"] = (rows.age > 0) & (rows.source == STUDENT)  # later passes over a rollout are no replay
     is_plain = rows.source == LM_CORPUS
     rows["example_id"] = ""
     for wanted, ids in ((~is_plain, records), (is_plain, plain)):

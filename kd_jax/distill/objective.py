@@ -8,6 +8,7 @@ papers' variants of them; all keys stand in the saved config, and any can be ove
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from kd_jax.errors import ConfigError
 from kd_jax.generate import Sampling
@@ -105,6 +106,18 @@ class Objective:
                 "beams need policy 'teacher' and temperature 0",
             ),
             (
+                self.whiten != "reference" or (self.max_new_tokens > 0 and self.fidelity == "reference"),
+                "whiten 'reference' counts padding up to max_new_tokens: set it, and fidelity to 'reference'",
+            ),
+            (
+                not self.policy_gradient or (self.temperature, self.top_k, self.top_p) == (1.0, 0, 1.0),
+                "the policy gradient's weights hold for samples at temperature 1 without top_k and top_p",
+            ),
+            (
+                not self.on_policy or self.kd_ratio > 0,
+                "kd_ratio 0 leaves nothing to train on: cross entropy never meets a student's own samples",
+            ),
+            (
                 (self.technique == "minillm") == (self.policy == "mixed_rollouts"),
                 "the policy gradient (minillm) and policy 'mixed_rollouts' go together",
             ),
@@ -137,7 +150,7 @@ class Objective:
             beta=self.beta,
             alpha=self.alpha,
             mu=self.mu,
-            clip=self.ppo_clip,
+            clip=self.ppo_clip or math.inf,
             chunk=chunk,
         )
 
@@ -166,7 +179,9 @@ PRESETS: dict[str, Objective] = {
     "seqkd_ce": Objective("seqkd", policy="teacher", kd_ratio=0.0),
     "seqkd_mix": Objective("seqkd", policy="teacher", kd_ratio=0.5),
     "singh_seqkd": Objective("seqkd", policy="teacher", kd_ratio=0.0, temperature=0.0, beams=4),
-    "singh_rkl": Objective("kd", divergence="rkl"),
+    "singh_kd": Objective("kd", kd_ratio=0.5),
+    "singh_rkld": Objective("minillm", policy="mixed_rollouts", divergence="rkl", lm_coef=1.0, lm_kd_ratio=0.5),
+    "kd_rkl": Objective("kd", divergence="rkl"),  # exact reverse KL on the data, without sampling
     # zhang2025: replayed GKD whose 0.9 weighs the student
     "zhang_gkd": Objective("gkd", policy="mix_replay", divergence="jsd", beta=0.1),
     "distillm_sfkl": Objective("distillm", policy="adaptive", divergence="sfkl"),
@@ -188,6 +203,7 @@ PRESETS: dict[str, Objective] = {
         divergence="rkl",
         whiten="reference",
         lm_kd_ratio=0.5,
+        max_new_tokens=256,
     ),
     # borkar2026 (plain text): soft targets at T = 2; greedy continuations of 50-token prefixes
     "borkar_soft": Objective("kd", student_T=2.0, teacher_T=2.0),

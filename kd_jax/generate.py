@@ -340,7 +340,8 @@ def _result(state: State | BeamState, eos_id: int) -> tuple[Array, ...]:
     if isinstance(state, State):
         return state.out, state.lengths, state.ended, state.near
     tokens, lengths = state.done[:, 0], state.done_length[:, 0]
-    return tokens, lengths, jnp.any(tokens == eos_id, axis=1) & (lengths > 0), state.near
+    last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
+    return tokens, lengths, (last == eos_id) & (lengths > 0), state.near
 
 
 def _banned(z: Array, batch: Batch, out: Array, step: Array, n: int) -> Array:

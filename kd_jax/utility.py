@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from kd_jax import generate
 from kd_jax.data import encode, records
-from kd_jax.data.encode import PROMPT, SPECIAL, Encoded
+from kd_jax.data.encode import PROMPT, Encoded
 from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.errors import ConfigError
 from kd_jax.score import write_table
@@ -110,7 +110,8 @@ def evaluate(
         ValueError: an example without a reference; names it.
     """
     n = min(limit, len(encoded)) if limit else len(encoded)
-    prompts, lengths = _prompts(encoded, n)
+    _require_prompts(encoded, n)
+    prompts, lengths = encode.prompts(encoded, np.arange(n))
     ids, task = encoded.example_id[:n], encoded.task[:n]
     if missing := [i for i in ids if not references.get(i)]:
         raise ValueError(f"example {missing[0]} has no reference ({len(missing)} such of {n})")
@@ -122,7 +123,7 @@ def evaluate(
         if (limits < 1).any():
             raise ConfigError(f"{(limits < 1).sum()} prompts leave no room in a total length of {total_length} tokens")
 
-    keys = example_keys(ids)
+    keys = encode.sample_keys(encoded, np.arange(n))
     frames, texts, near_ties = [], [], 0
     for seed in seeds if sampling.temperature else seeds[:1]:
         samples = generate.generate(
@@ -140,19 +141,10 @@ def evaluate(
     return frame
 
 
-def _prompts(encoded: Encoded, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Flat tokens of the first n prompts, BOS included, and their lengths [n]."""
-    inside = slice(0, int(encoded.offsets[n]))
-    keep = np.isin(encoded.segment[inside], (PROMPT, SPECIAL))
-    starts = encoded.offsets[:n]
-    if bare := int(np.sum(np.add.reduceat(encoded.segment[inside] == PROMPT, starts, dtype=np.int64) == 0)):
+def _require_prompts(encoded: Encoded, n: int) -> None:
+    inside = encoded.segment[: int(encoded.offsets[n])] == PROMPT
+    if bare := int(np.sum(np.add.reduceat(inside, encoded.offsets[:n], dtype=np.int64) == 0)):
         raise ConfigError(f"{bare} of {n} records have no prompt: ROUGE by generation needs instruction records")
-    return encoded.tokens[inside][keep], np.add.reduceat(keep, starts, dtype=np.int64)
-
-
-def example_keys(example_ids: Sequence[str]) -> np.ndarray:
-    """What keys an example's random numbers: uint32 [n], by hash of its id alone."""
-    return (records.uniform(0, "sampling", example_ids) * 2.0**32).astype(np.uint32)
 
 
 def answers(samples: generate.Samples, tokenizer: Tokenizer) -> list[str]:

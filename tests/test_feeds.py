@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from kd_jax import loop, sharding, train
-from kd_jax.data import batches
+from kd_jax.data import batches, encode
 from kd_jax.data.encode import EOS, PROMPT, RESPONSE, Encoded
 from kd_jax.distill import feeds, ledger
 from kd_jax.distill.objective import PRESETS, TECHNIQUES
@@ -108,7 +108,7 @@ def test_a_sample_equal_to_the_data_is_masked_and_aligned_like_the_data(name):
 
 
 def test_a_sample_without_eos_scores_none():
-    tokens, lengths = feeds.prompts(data(), np.array([0, 1]))
+    tokens, lengths = encode.prompts(data(), np.array([0, 1]))
     out = np.full((2, 5), 7, np.int32)
     samples = Samples(out, np.array([5, 3], np.int32), np.array([False, True]), np.zeros(2, np.int32))
     rows = feeds.join(tokens, lengths, samples, np.array([0, 1]), STUDENT, 3, LENGTH)
@@ -121,7 +121,7 @@ def test_a_sample_without_eos_scores_none():
 
 def test_a_prefix_of_plain_text_is_scored_too():
     encoded = dataclasses.replace(data(), segment=np.where(data().segment == PROMPT, RESPONSE, data().segment))
-    tokens, lengths = feeds.prompts(encoded, np.arange(5), prefix=6)
+    tokens, lengths = encode.prompts(encoded, np.arange(5), prefix=6)
     np.testing.assert_array_equal(lengths, np.full(5, 6))
     np.testing.assert_array_equal(tokens[:6], encoded.tokens[:6])
     samples = Samples(np.full((5, 4), 3, np.int32), np.full(5, 4, np.int32), np.zeros(5, bool), np.zeros(5, np.int32))
@@ -131,9 +131,9 @@ def test_a_prefix_of_plain_text_is_scored_too():
 
 def test_copies_of_a_record_are_sampled_apart():
     twice = np.array([3, 4, 3, 3])
-    keys = feeds.keys(data(), twice)
+    keys = encode.sample_keys(data(), twice)
     assert len(set(keys.tolist())) == 4
-    np.testing.assert_array_equal(feeds.keys(data(), np.array([4, 3])), keys[[1, 0]])
+    np.testing.assert_array_equal(encode.sample_keys(data(), np.array([4, 3])), keys[[1, 0]])
 
 
 def test_replay_draws_what_was_pushed_and_knows_its_age():
@@ -204,10 +204,16 @@ RECIPE = train.Recipe(lr=3e-2, batch_rows=ROWS, evaluations=6, checkpoints=4, cl
 MESH = functools.cache(lambda: sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
 
 
-def fit(folder, name, steps=12):
+EVERYTHING = "gkd with adapters, dropout, two micro-batches and plain text"
+
+
+def fit(folder, case, steps=12):
     """Twelve steps of a technique from fixed models, with the real sampler; a dev loss that rises at times."""
-    mesh = MESH()
+    mesh, name, recipe = MESH(), case.split()[0], RECIPE
     objective = dataclasses.replace(PRESETS[name], capacity=60, rollouts=40, passes=2, phi=0.5)
+    if case == EVERYTHING:
+        recipe = dataclasses.replace(RECIPE, lora_rank=2, lora_dropout=0.2, accumulation=2)
+        objective = dataclasses.replace(objective, lm_coef=1.0, lm_kd_ratio=0.5)
     sampling = dataclasses.replace(objective.sampling(LENGTH), max_new_tokens=8)
 
     def sample(model, tokens, lengths, keys, limits, seed, teacher):
@@ -217,14 +223,15 @@ def fit(folder, name, steps=12):
         )  # fmt: skip
 
     with jax.set_mesh(mesh):
-        measure = train.make_measure(objective, RECIPE, VOCAB, mesh)
+        measure = train.make_measure(objective, recipe, VOCAB, mesh)
         changes = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective)}
         del changes["technique"]
         _, feed = make_feed(name, sample, measure=measure, steps=steps, **changes)
-        task = loop.Task(
-            name, folder, steps, feed, lambda model: {"eval/dev_loss": dev(model)}, {"data": feed.iterator}
-        )
-        return loop.fit(*models(), RECIPE, objective, task, vocab=VOCAB, rng=jax.random.key(5), mesh=mesh)
+        iterators = {"data": feed.iterator}
+        if objective.lm_coef:
+            iterators["lm"] = batches.training_iterator(training_rows(data(seed=7)), batch_rows=ROWS)
+        task = loop.Task(name, folder, steps, feed, lambda model: {"eval/dev_loss": dev(model)}, iterators)
+        return loop.fit(*models(), recipe, objective, task, vocab=VOCAB, rng=jax.random.key(5), mesh=mesh)
 
 
 def dev(model) -> float:
@@ -232,9 +239,9 @@ def dev(model) -> float:
     return float(1e3 * abs(np.asarray(model.embed.weight[...])[1, 1]) % 1.0)
 
 
-@pytest.mark.parametrize("name", TECHNIQUES)
-def test_killed_and_resumed_equals_uninterrupted(name, tmp_path, monkeypatch):
-    whole = fit(tmp_path / "whole", name)
+@pytest.mark.parametrize("case", [*TECHNIQUES, EVERYTHING])
+def test_killed_and_resumed_equals_uninterrupted(case, tmp_path, monkeypatch):
+    whole = fit(tmp_path / "whole", case)
     placed, place = [], sharding.place_batch
 
     def interrupted(batch, mesh, leading=0):
@@ -245,13 +252,14 @@ def test_killed_and_resumed_equals_uninterrupted(name, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sharding, "place_batch", interrupted)
-        fit(tmp_path / "cut", name)
-    resumed = fit(tmp_path / "cut", name)
+        fit(tmp_path / "cut", case)
+    resumed = fit(tmp_path / "cut", case)
     for label, a, b in zip(sharding.names(whole.model), jax.tree.leaves(whole.model), jax.tree.leaves(resumed.model)):
         np.testing.assert_array_equal(a, b, err_msg=label)
     assert whole.feed == resumed.feed and whole.dev == resumed.dev
     tables = [
-        ledger.summarize(tmp_path / d / "ledger", PRESETS[name], True, data().record_id, None) for d in ("whole", "cut")
+        ledger.summarize(tmp_path / d / "ledger", PRESETS["kd"], True, data().record_id, data().record_id)
+        for d in ("whole", "cut")
     ]
     pd.testing.assert_frame_equal(*tables)
 

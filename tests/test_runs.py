@@ -33,6 +33,7 @@ def config(workdir):
         "rouge": dict(select="best_dev_rouge"),
         "exact": dict(made.recipes.matched.to_dict(), cache="exact"),
         "lora": dict(lora_rank=4, lora_dropout=0.1, lora_targets=("q", "v", "up"), lr=0.05),
+        "adapters": dict(lora_rank=2, accumulation=2, cache="exact"),
         "init": dict(steps=3),
     }
     made.recipes.update(
@@ -47,7 +48,8 @@ def config(workdir):
             "seqkd_ce": base.objective("seqkd_ce", max_new_tokens=12),
             "singh": base.objective("singh_seqkd", max_new_tokens=6, beams=2),
             "kd_lm": base.objective("kd", lm_coef=1.0, lm_kd_ratio=0.5),
-            "gkd": base.objective("gkd"),
+            "gkd": base.objective("gkd", lmbda=1.0, max_new_tokens=8),
+            "minillm": base.objective("minillm", rollouts=20, passes=1, max_new_tokens=8),
             "imitkd": base.objective("imitkd", capacity=5),
         }
     )
@@ -66,6 +68,9 @@ def config(workdir):
         "students/seqkd": one(technique="seqkd"),
         "students/seqkd_ce": one(technique="seqkd", objective="seqkd_ce"),
         "students/beams": one(technique="seqkd", objective="singh"),
+        "students/minillm": one(technique="minillm", recipe="adapters"),
+        "students/gkd_shared": one(technique="gkd", setting="shared", train_roles=("private",)),
+        "students/seqkd_shared": one(technique="seqkd", setting="shared", train_roles=("private",)),
     }
     made.runs = ConfigDict(first | students)
     made.probe.update(examples=50, rouge_examples=10)
@@ -141,7 +146,7 @@ def test_adapters_are_merged_and_leave_the_rest_alone(study, tmp_path):
 def test_students_are_trained_on_the_teachers_text(study):
     """Response ids are the teacher's samples, not the records' own responses; the text is made once for both forms."""
     folders = list((study.workdir / "generated/teacher/seed0").iterdir())
-    assert len(folders) == 2, "sampled text is shared by seqkd and seqkd_ce; beams made the other"
+    assert len(folders) == 3, "public text is shared by seqkd and seqkd_ce; beams and the private prompts made the rest"
     run = study.runs["students/seqkd"]
     objective = runs.objective_of(study.config, run)
     text = runs._training_data(study, run, 0, objective, load_teacher=None)  # read back: no teacher is needed
@@ -163,7 +168,8 @@ def test_students_are_trained_on_the_teachers_text(study):
 
 
 def matches(folder, objective) -> bool:
-    return manifest.read(folder)["inputs"]["sampling"]["beams"] == objective.beams
+    inputs = manifest.read(folder)["inputs"]
+    return inputs["sampling"]["beams"] == objective.beams and inputs["roles"] == ["public"]
 
 
 def split(encoded):
@@ -177,6 +183,19 @@ def test_plain_text_enters_the_loss_and_the_ledger(study):
     assert set(table.role) == {"", "public"} and set(table.source) == {"dataset", "lm_corpus"}
     rows = [json.loads(r) for r in (study.workdir / "runs/students/lm/seed0/metrics.jsonl").read_text().splitlines()]
     assert all("train/lm" in r for r in rows if "train/loss" in r)
+
+
+def test_samples_of_both_settings_are_told_apart(study):
+    """Shared students train on the members' prompts: the ledger has their role and that no response was their own."""
+    table = lambda name: pd.read_parquet(study.workdir / f"runs/students/{name}/seed0/ledger.parquet")
+    for name, source in (("gkd_shared", "student"), ("seqkd_shared", "teacher")):
+        assert set(table(name).role) == {"private", "calib"} and set(table(name).source) == {source}
+    rollouts = table("minillm")
+    assert set(rollouts.role) == {"public"} and set(rollouts.source) == {"mixed"} and not rollouts.replayed.any()
+    assert set(rollouts.loss) == {"policy+kd"}
+    assert facts(study, "students/minillm")["branches"]["rollout_sets"] >= 1
+    start, trained = parameters(study, "init_student"), parameters(study, "students/minillm")
+    assert {k for k in start if not np.array_equal(start[k], trained[k])} <= {"blocks.attn.q", "blocks.attn.v"}
 
 
 def test_the_ledger_of_a_run_counts_every_token(study):
@@ -200,7 +219,7 @@ def test_scores_carry_training_objective_ledger_and_answers(study):
     folder = study.workdir / "scores/students/plain/seed0"
     metadata = {k.decode(): v.decode() for k, v in pq.read_schema(folder / "plain/dev-00000.parquet").metadata.items()}
     provenance = json.loads(metadata["provenance"])
-    assert provenance["training"]["lr"] == 5e-4 or provenance["training"]["lr"] > 0
+    assert provenance["training"]["lr"] == study.config.recipes.matched.lr and provenance["recipe"] == "matched"
     assert provenance["training"]["select"] == "last" and provenance["objective"]["divergence"] == "fkl"
     assert (folder / "ledger.parquet").exists()
     answers = pd.read_parquet(folder / "generated/dev.parquet")
@@ -218,10 +237,10 @@ def test_scores_carry_training_objective_ledger_and_answers(study):
         (lambda c: c.runs["students/plain"].update(objective="none"), "objective 'none' is not one of"),
         (lambda c: c.recipes.exact.update(cache="all"), "cache 'all' is not one of"),
         (lambda c: c.objectives.seqkd.update(prefix=500), "prefix must be below data.max_length"),
-        (
-            lambda c: c.runs["students/kd"].update(technique="gkd", objective="gkd", recipe="exact"),
-            "samples of its own",
-        ),
+        (lambda c: c.utility.update(roles=("devel",)), "utility.roles: no record has the role devel"),
+        (lambda c: c.utility.update(files={"q": "nowhere.jsonl"}), "utility.files: nowhere.jsonl is not a file"),
+        (lambda c: c.objectives.gkd.update(kd_ratio=0.0), "kd_ratio 0 leaves nothing to train on"),
+        (lambda c: c.objectives.minillm.update(temperature=0.7), "hold for samples at temperature 1"),
         (lambda c: c.runs["students/kd"].update(technique="imitkd", objective="imitkd"), "capacity 5 of the replay"),
     ],
 )

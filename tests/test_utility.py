@@ -231,7 +231,7 @@ def test_every_output_and_every_record_of_a_prompt_is_a_reference(tmp_path):
     data, references = utility.instruction_set(path, tok(), **ENCODING)
     assert sorted(map(sorted, references.values())) == [["first", "fourth", "second"], ["third"]]
     assert set(references) == set(data.example_id) and set(data.task) == {"task9"}
-    prompts, lengths = utility._prompts(data, 2)
+    prompts, lengths = encode.prompts(data, np.arange(2))
     texts = tok().decode_batch(np.split(prompts, np.cumsum(lengths)[:-1]))
     assert {text.splitlines()[-1]: sorted(references[i])[0] for i, text in zip(data.example_id, texts)} == {
         "one": "first",
@@ -246,7 +246,7 @@ def test_a_long_prompt_keeps_its_end_and_is_counted(tmp_path):
     rows = [{"instruction": f"start {'very ' * n}end", "input": "", "output": "x"} for n in (0, 60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data, _ = utility.instruction_set(path, tok(), **ENCODING)
-    prompts, lengths = utility._prompts(data, 2)
+    prompts, lengths = encode.prompts(data, np.arange(2))
     texts = tok().decode_batch(np.split(prompts, np.cumsum(lengths)[:-1]))
     assert data.counts["cut_prompt"] == 1 and max(lengths) == 16 and all(text.endswith("end\n") for text in texts)
     dropped, _ = utility.instruction_set(path, tok(), **ENCODING, long_prompt="drop")
@@ -291,8 +291,8 @@ def test_evaluate_with_the_sampler_itself():
             model, data, utility.own_references(FRAME), sampling, seeds=(1, 2), tokenizer=tok(), vocab=300, mesh=mesh
         )
         frame, backwards = run(encoded()), run(encoded().select(encoded().example_id[::-1]))
-        prompts, lengths = utility._prompts(encoded(), len(encoded()))
-        keys = utility.example_keys(encoded().example_id)
+        prompts, lengths = encode.prompts(encoded(), np.arange(len(encoded())))
+        keys = encode.sample_keys(encoded(), np.arange(len(encoded())))
         samples = generate.generate(
             model, prompts, lengths, keys, sampling, vocab=300, eos_id=tok().eos_id, seed=2, mesh=mesh
         )

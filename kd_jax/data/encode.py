@@ -176,6 +176,26 @@ def ragged(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
+def prompts(encoded: Encoded, examples: np.ndarray, prefix: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """What a model is given of these examples: flat tokens and lengths `[n]`.
+
+    That is everything before the response; with `prefix`, also the first `prefix` tokens of the response.
+    """
+    starts, ends = encoded.offsets[examples], encoded.offsets[examples + 1]
+    responses = np.isin(encoded.segment, (RESPONSE, EOS))
+    before = np.concatenate([[0], np.cumsum(~responses)])
+    lengths = before[ends] - before[starts]  # the response is the end of every example
+    lengths = np.minimum(lengths + prefix, ends - starts)
+    return encoded.tokens[ragged(starts, lengths)], lengths
+
+
+def sample_keys(encoded: Encoded, examples: np.ndarray) -> np.ndarray:
+    """uint32 `[n]`, which with a seed decide a sample: a hash of the example's id and of its how-manieth copy it is."""
+    ids = encoded.example_id[examples]
+    copy = pd.Series(ids).groupby(ids).cumcount().to_numpy()
+    return np.fromiter((zlib.crc32(f"{i}:{c}".encode()) for i, c in zip(ids, copy)), np.uint32, len(ids))
+
+
 def text_table(encoded: Encoded, frame: pd.DataFrame, tokenizer: Tokenizer) -> pd.DataFrame:
     """What a classifier that sees only the text may use: one row per example.
 

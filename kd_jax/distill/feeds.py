@@ -13,13 +13,12 @@ A feed's batch adds to those of `kd_jax.data.batches`, arrays `[micro-batches, R
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import pandas as pd
 
+from kd_jax.data import encode
 from kd_jax.data.batches import Batch, one_batch
 from kd_jax.data.encode import EOS, PROMPT, RESPONSE, Encoded, ragged
 from kd_jax.distill import policies
@@ -105,10 +104,10 @@ class SamplingFeed(DataFeed):
 
     def _draw(self, examples: np.ndarray, model, teacher, step: int, source: int) -> Sequences:
         """Sample a response to the prompt of each of these examples."""
-        tokens, lengths = prompts(self.encoded, examples)
+        tokens, lengths = encode.prompts(self.encoded, examples)
         number = int(np.random.default_rng([self.seed, step, 1]).integers(2**31))
         room = self.shapes.max_length - lengths
-        found = self.sample(model, tokens, lengths, keys(self.encoded, examples), room, number, teacher)
+        found = self.sample(model, tokens, lengths, encode.sample_keys(self.encoded, examples), room, number, teacher)
         self.near_ties += int(np.sum(found.near_ties))
         return join(tokens, lengths, found, examples, source, step, self.shapes.max_length)
 
@@ -249,26 +248,6 @@ class RolloutFeed(SamplingFeed):
 # --------------------------------------------------------------------------------------------------------- samples
 
 
-def prompts(encoded: Encoded, examples: np.ndarray, prefix: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """What a model is given of these examples: flat tokens and lengths `[n]`.
-
-    That is everything before the response; with `prefix`, also the first `prefix` tokens of the response.
-    """
-    starts, ends = encoded.offsets[examples], encoded.offsets[examples + 1]
-    responses = np.isin(encoded.segment, (RESPONSE, EOS))
-    before = np.concatenate([[0], np.cumsum(~responses)])
-    lengths = before[ends] - before[starts]  # the response is the end of every example
-    lengths = np.minimum(lengths + prefix, ends - starts)
-    return encoded.tokens[ragged(starts, lengths)], lengths
-
-
-def keys(encoded: Encoded, examples: np.ndarray) -> np.ndarray:
-    """uint32 `[n]`, which with a seed decide a sample: a hash of the example's id and of its how-manieth copy it is."""
-    ids = encoded.example_id[examples]
-    copy = pd.Series(ids).groupby(ids).cumcount().to_numpy()
-    return np.fromiter((zlib.crc32(f"{i}:{c}".encode()) for i, c in zip(ids, copy)), np.uint32, len(ids))
-
-
 def join(tokens, lengths, found: Samples, examples, source: int, step: int, max_length: int) -> Sequences:
     """Prompts and the samples that follow them as rows."""
     n = len(lengths)
@@ -327,7 +306,7 @@ def split_rows(batch: Batch, micro_rows: int) -> Batch:
 
 def check_prompts(encoded: Encoded, prefix: int = 0) -> None:
     """Raises ConfigError where an example has nothing that a model could continue."""
-    _, lengths = prompts(encoded, np.arange(len(encoded)), prefix)
+    _, lengths = encode.prompts(encoded, np.arange(len(encoded)), prefix)
     if empty := int((lengths == 0).sum()):
         raise ConfigError(
             f"{empty} of {len(encoded)} training examples have an empty prompt, which no model can continue: use "

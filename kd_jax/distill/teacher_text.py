@@ -1,7 +1,7 @@
 """Teacher text: responses that a teacher generates once for fixed prompts, kept as a data set with its provenance.
 
-A data set is a folder of Parquet shards (`example_id, tokens, prompt_length, ended`; mode 0600) and a manifest that
-says which teacher, prompts and sampling made it. Shards are whole or absent; an interrupted generation continues.
+A data set is a folder of Parquet shards (`example_id, tokens, prompt_length, ended, near_ties`; mode 0600) and a manifest
+that says which teacher, prompts and sampling made it. Shards are whole or absent; an interrupted generation continues.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kd_jax import manifest
-from kd_jax.data.encode import Encoded, ragged
-from kd_jax.distill.feeds import Sampler, as_encoded, join, keys, prompts
+from kd_jax.data.encode import Encoded, prompts, ragged, sample_keys
+from kd_jax.distill.feeds import Sampler, as_encoded, join
 from kd_jax.distill.policies import TEACHER, Sequences
 from kd_jax.metrics import progress
 from kd_jax.score import write_table
@@ -51,31 +52,33 @@ def generate_text(
             path = folder / f"text-{shard:05d}.parquet"
             examples = np.arange(start, min(start + shard_examples, len(whole)))
             if not path.exists():
-                rows = _generate(whole, examples, sample, teacher, prefix, max_length, seed)
-                write_table(path, _table(rows, whole.example_id[examples]), {"source": label})
+                made = _generate(whole, examples, sample, teacher, prefix, max_length, seed)
+                write_table(path, _table(*made, whole.example_id[examples]), {"source": label})
             shards.append(_read(path, examples, max_length))
             bar.update(len(examples))
     columns = [np.concatenate([getattr(s, f.name) for s in shards]) for f in dataclasses.fields(Sequences)]
     rows = Sequences(*columns)
     if not done:
+        near = sum(pc.sum(pq.read_table(p, columns=["near_ties"])[0]).as_py() for p in folder.glob("text-*.parquet"))
         facts = {
             "examples": len(rows),
             "tokens": int((rows.length - rows.prompt).sum()),
             "ended": int(rows.ended.sum()),
+            "near_ties": near,  # tokens that another device might have chosen otherwise
         }
         manifest.end(folder, inputs, facts)
     text = as_encoded(rows, whole.example_id, whole.task, scored_prefix=prefix)
     return dataclasses.replace(text, record_id=whole.record_id).take(place)
 
 
-def _generate(whole: Encoded, examples, sample: Sampler, teacher, prefix: int, max_length: int, seed: int) -> Sequences:
+def _generate(whole: Encoded, examples, sample: Sampler, teacher, prefix: int, max_length: int, seed: int):
     tokens, lengths = prompts(whole, examples, prefix)
     room = np.where(lengths < whole.lengths[examples], max_length - lengths, 0)  # no more text than the prefix: keep it
-    found = sample(teacher, tokens, lengths, keys(whole, examples), room, seed, None)
-    return join(tokens, lengths, found, examples, TEACHER, 0, max_length)
+    found = sample(teacher, tokens, lengths, sample_keys(whole, examples), room, seed, None)
+    return join(tokens, lengths, found, examples, TEACHER, 0, max_length), found.near_ties
 
 
-def _table(rows: Sequences, ids: np.ndarray) -> pa.Table:
+def _table(rows: Sequences, near_ties: np.ndarray, ids: np.ndarray) -> pa.Table:
     offsets = pa.array(np.concatenate([[0], np.cumsum(rows.length)]), pa.int32())
     flat = rows.tokens.reshape(-1)[ragged(np.arange(len(rows)) * rows.tokens.shape[1], rows.length)]
     return pa.table(
@@ -84,6 +87,7 @@ def _table(rows: Sequences, ids: np.ndarray) -> pa.Table:
             "tokens": pa.ListArray.from_arrays(offsets, pa.array(flat, pa.int32())),
             "prompt_length": pa.array(rows.prompt, pa.int32()),
             "ended": pa.array(rows.ended),
+            "near_ties": pa.array(near_ties, pa.int32()),
         }
     )
 

@@ -124,7 +124,11 @@ def _search(folder: Path, rates: tuple[float, ...], fit: Callable[[float, Path],
     best = min(finished, key=lambda point: point["dev_loss"])["lr"]
     shutil.copytree(folder / f"lr{best:g}" / "params", folder / "params", dirs_exist_ok=True)
     shutil.copy(folder / f"lr{best:g}" / "ledger.parquet", folder / "ledger.parquet")
-    return tried[best], grid
+    facts = tried[best]
+    if best in (min(rates), max(rates)):
+        edge = f"learning rate {best:g} is at the edge of its grid: a wider one may do better"
+        facts = facts | {"warnings": [*facts.get("warnings", ()), edge]}
+    return facts, grid
 
 
 def _rates(study: Study, run: Run, seed: int, recipe: train.Recipe) -> tuple[tuple[float, ...], str]:

@@ -1,7 +1,8 @@
 """Teacher text: responses that a teacher generates once for fixed prompts, kept as a data set with its provenance.
 
-A data set is a folder of Parquet shards (`example_id, tokens, prompt_length, ended, near_ties`; mode 0600) and a manifest
-that says which teacher, prompts and sampling made it. Shards are whole or absent; an interrupted generation continues.
+A data set is a folder of Parquet shards (`example_id, tokens, prompt_length, ended, near_ties`; mode 0600) and a
+manifest that says which teacher, prompts and sampling made it. Shards are whole or absent; an interrupted generation
+continues.
 """
 
 from __future__ import annotations

@@ -6,9 +6,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jax
 import pytest
 
 _CHECKS: dict[str, tuple[float, float, int]] = {}  # name -> worst deviation, its tolerance, number of comparisons
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs():
+    """XLA maps memory for every CPU program it keeps; some thousands of them exhaust the kernel's limit on mappings."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def _metadata(study: Study, run: Run, seed: int, model: Transformer, facts: dict
         **facts,
     )
     if trained:
-        provenance["objective"] = dataclasses.asdict(objective_of(study.config, run))
+        provenance["objective"] = objective_of(study.config, run).distinctive()
         provenance["training"] = {k: trained["facts"][k] for k in TRAINING if k in trained["facts"]}
     step = trained["facts"]["step"] if trained else 0
     known = dict(run=run.name, seed=seed, split_seed=study.config.seed, step=step, variant="plain")
@@ -218,9 +218,8 @@ def audit_settings(study: Study) -> dict:
 def _settings(config: ConfigDict) -> dict[str, object]:
     """The config as dotted keys; of an objective, what differs from a technique's defaults."""
     plain = json.loads(config.to_json_best_effort())
-    usual = dataclasses.asdict(Objective("sft"))
     for name, objective in plain["objectives"].items():
-        plain["objectives"][name] = {k: v for k, v in objective.items() if v != usual[k]}
+        plain["objectives"][name] = Objective(**objective).distinctive()
     return manifest.flatten(plain)
 
 

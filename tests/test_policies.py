@@ -120,3 +120,10 @@ def test_every_technique_has_a_preset_of_its_name():
 def test_objectives_are_checked(change, message):
     with pytest.raises(ConfigError, match=f"objectives.*{message}"):
         Objective(**(dict(technique="kd") | change))
+
+
+def test_a_reader_is_told_what_is_not_usual():
+    assert PRESETS["kd"].distinctive() == {"policy": "dataset", "divergence": "fkl"}
+    assert PRESETS["cui"].distinctive() == {
+        "policy": "dataset", "divergence": "fkl", "student_T": 2.0, "teacher_T": 2.0, "kd_ratio": 0.5
+    }  # fmt: skip

@@ -139,6 +139,12 @@ class Objective:
     def policy_gradient(self) -> bool:
         return self.policy == "mixed_rollouts"
 
+    def distinctive(self) -> dict[str, object]:
+        """Policy and divergence, and every other key that is not at its default: what a reader needs to be told."""
+        usual = {f.name: f.default for f in dataclasses.fields(self)} | {"technique": self.technique}
+        own = dataclasses.asdict(self)
+        return {k: v for k, v in own.items() if k in ("policy", "divergence") or v != usual[k]}
+
     def loss(self, vocab: int, teacher: bool = True, chunk: int = 0) -> Loss:
         """The head's loss for an effective vocabulary; without a teacher, the cross entropy alone."""
         return Loss(

@@ -42,7 +42,7 @@ class Task:
     label: str
     folder: Path
     steps: int
-    feed: feeds.Feed
+    feed: feeds.DataFeed
     evaluate: Callable[[Transformer], dict[str, float]]
     iterators: dict[str, Iterator[dict[str, np.ndarray]]]  # grain iterators that a checkpoint keeps: data, and lm
     keep: int = 2

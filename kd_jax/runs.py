@@ -204,7 +204,7 @@ def _source_label(used) -> np.ndarray:
     return np.where(used.replayed & (used.source == SOURCES[STUDENT]), "replay", used.source)
 
 
-def _feed(study: Study, run: Run, seed, recipe, objective, encoded, rows, iterator, steps, teacher) -> feeds.Feed:
+def _feed(study: Study, run: Run, seed, recipe, objective, encoded, rows, iterator, steps, teacher) -> feeds.DataFeed:
     data = study.config.data
     shapes = feeds.Shapes(recipe.micro_batch_rows, data.row_length or data.max_length, data.max_length, data.pack)
     if not objective.on_policy:

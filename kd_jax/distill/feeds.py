@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -55,20 +55,8 @@ Sampler = Callable[..., Samples]
 """`sample(model, prompts, lengths, keys, limits, seed, teacher) -> Samples`, on whatever mesh the run has."""
 
 
-class Feed(Protocol):
-    def next(self, step: int, model, teacher) -> tuple[Batch, Used]:
-        """The batch of optimiser step `step` (from 1), and what is in it."""
-
-    def evaluated(self, dev_loss: float) -> None:
-        """A dev evaluation gave this loss (before training, and at every evaluation)."""
-
-    def state(self) -> dict[str, np.ndarray]: ...
-    def restore(self, state: dict[str, np.ndarray]) -> None: ...
-    def facts(self) -> dict: ...
-
-
 class DataFeed:
-    """The data itself, or the teacher's text in its place."""
+    """The data itself, or the teacher's text in its place; the feeds that sample build on it."""
 
     def __init__(
         self, encoded: Encoded, iterator: Iterator[Batch], shapes: Shapes, source: int = DATASET, cache=None
@@ -76,20 +64,26 @@ class DataFeed:
         self.encoded, self.iterator, self.shapes, self.source, self.cache = encoded, iterator, shapes, source, cache
 
     def next(self, step: int, model, teacher) -> tuple[Batch, Used]:
+        """The batch of optimiser step `step` (from 1), and what is in it."""
         batch = next(self.iterator)
         examples, tokens = examples_of(batch)
         used = Used(examples, np.full(len(examples), self.source), np.full(len(examples), step), tokens)
         cached = self.cache.batch(batch) if self.cache is not None else {}
         return split_rows(batch | {"ce_mask": batch["loss_mask"]} | cached, self.shapes.micro_rows), used
 
-    def evaluated(self, dev_loss: float) -> None: ...
+    def evaluated(self, dev_loss: float) -> None:
+        """Called before training and at every evaluation; only an adaptive policy cares."""
 
     def state(self) -> dict[str, np.ndarray]:
+        """What a checkpoint keeps besides the iterator, as arrays of fixed shapes."""
         return {}
 
-    def restore(self, state: dict[str, np.ndarray]) -> None: ...
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        if state:
+            raise ValueError(f"a feed of data keeps nothing, but the checkpoint has {sorted(state)}")
 
     def facts(self) -> dict:
+        """What a run's manifest says of the feed; `warnings` are shown."""
         biased = self.cache is not None and self.cache.spec.kind == "top_k"
         return {"warnings": [f"top-k teacher cache: {BIASED}"]} if biased else {}
 

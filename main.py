@@ -19,26 +19,49 @@ from ml_collections import ConfigDict, config_flags
 import attacks.audit
 import attacks.report
 from attacks.tables import TableError
-from kd_jax import experiment, runs, sharding
+from kd_jax import experiment, processes, runs, sharding, storage, tables
 from kd_jax.data.records import DataError
 from kd_jax.errors import ConfigError
 from kd_jax.hf import CheckpointError
 from kd_jax.manifest import StaleWork
+from kd_jax.plan import plan
 from kd_jax.study import Study, open_study
+
+
+def _attack(study: Study) -> None:
+    report = storage.local_copy(study.workdir / "report", write=True)
+    with storage.local_copy(study.workdir / "scores") as scores, report as out:
+        attacks.audit.audit(scores, out, experiment.audit_settings(study))
+
+
+def _report(study: Study) -> None:
+    with storage.local_copy(study.workdir / "report", write=True) as out:
+        attacks.report.build(out, show_canaries=study.config.report.show_canaries)
+
 
 STAGES: dict[str, Callable[[Study], object]] = {
     "train": runs.train_runs,
-    "score": experiment.score_runs,
-    "attack": lambda s: attacks.audit.audit(s.workdir / "scores", s.workdir / "report", experiment.audit_settings(s)),
-    "report": lambda s: attacks.report.build(s.workdir / "report", show_canaries=s.config.report.show_canaries),
+    "score": tables.score_runs,
+    "attack": _attack,
+    "report": _report,
 }
+ALONE = ("attack", "report")  # need no accelerator: the first process does them when the others are gone
 EXPECTED = (ConfigError, DataError, CheckpointError, TableError, StaleWork, FileNotFoundError, FloatingPointError)
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "config file, e.g. configs/quickstart.py or configs/gpt2_kd.py:small"
 )
-WORKDIR = flags.DEFINE_string("workdir", "runs/default", "directory of all that the experiment writes")
-CHOSEN = flags.DEFINE_list("stages", None, f"stages to run: {', '.join(STAGES)}; default all, with --only train,score")
+WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/default", "folder of all that the experiment writes; or gs://bucket/folder"
+)
+COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0, where no cluster says it")
+PROCESSES = flags.DEFINE_integer("processes", 0, "number of processes, with --coordinator")
+PROCESS = flags.DEFINE_integer("process", -1, "which of them this is, from 0")
+DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the other workers of a TPU pod or cluster")
+CHOSEN = flags.DEFINE_list("stages", None, f"plan, or of {', '.join(STAGES)}; default all, with --only train,score")
+TOPOLOGY = flags.DEFINE_multi_string(
+    "topology", [], "of a plan: v5e:8x8, v5p:4x4x4, gpu:8, ...; may be repeated"
+)
 ONLY = flags.DEFINE_string("only", "", "train and score one run alone, e.g. students/kd")
 EXPORT = flags.DEFINE_string("export", "", "write the run named by --only as a Hugging Face folder, and stop")
 
@@ -49,20 +72,31 @@ def main(_: list[str]) -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)  # libraries report every checkpoint they touch
     os.umask(0o077)  # everything that a run writes is its owner's alone
     chosen = CHOSEN.value or (["train", "score"] if ONLY.value else list(STAGES))
-    config, workdir = CONFIG.value, Path(WORKDIR.value)
+    config = CONFIG.value
     everything = not ONLY.value and set(chosen) == set(STAGES)
     try:
         _check(config, chosen)
+        if chosen == ["plan"]:
+            return plan.run(config, WORKDIR.value, TOPOLOGY.value)
+        workdir = storage.as_path(WORKDIR.value)
+        storage.check(workdir)
         if everything and (last := experiment.last_result(config, workdir)):
             print(f"All done before.\n{last}")
             return
+        processes.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value, always=DISTRIBUTED.value)
+        processes.check_shared(workdir)
         with jax.set_mesh(sharding.make_mesh(**config.mesh)):
             study = open_study(config, workdir, jax.sharding.get_mesh(), ONLY.value)
             if EXPORT.value:
                 return experiment.export(study, ONLY.value, Path(EXPORT.value))
             for name, stage in STAGES.items():
-                if name in chosen:
+                if name in chosen and name not in ALONE:
                     stage(study)
+        if not processes.leave():
+            return
+        for name in ALONE:
+            if name in chosen:
+                STAGES[name](study)
         if everything:
             print(experiment.record_result(study))
     except EXPECTED as error:
@@ -73,12 +107,14 @@ def main(_: list[str]) -> None:
 
 def _check(config: ConfigDict, chosen: list[str]) -> None:
     """What can be known before any work. Raises ConfigError."""
-    if unknown := set(chosen) - set(STAGES):
-        raise ConfigError(f"unknown stages {sorted(unknown)}; known: {list(STAGES)}")
-    if "://" in WORKDIR.value:
-        raise ConfigError(f"--workdir={WORKDIR.value}: only local directories are supported for now")
-    if EXPORT.value and not ONLY.value:
-        raise ConfigError("--export needs --only to name the run")
+    if unknown := set(chosen) - {*STAGES, "plan"}:
+        raise ConfigError(f"unknown stages {sorted(unknown)}; known: {['plan', *STAGES]}")
+    if "plan" in chosen and len(chosen) > 1:
+        raise ConfigError("--stages=plan stands alone: it neither reads data nor trains")
+    if TOPOLOGY.value and chosen != ["plan"]:
+        raise ConfigError("--topology belongs to --stages=plan")
+    if EXPORT.value and (not ONLY.value or "://" in EXPORT.value):
+        raise ConfigError("--export needs --only to name the run, and a local folder")
     try:
         attacks.audit.check(config.attack.primary, config.attack.role_pair, config.attack.bootstrap)
     except ValueError as error:

@@ -3,7 +3,8 @@
 A run (`config.runs`) is: model, technique (none | sft | kd | seqkd | imitkd | gkd | minillm | distillm), init (a run;
 "" for a base), train_roles, teacher (a run), recipe (how it is optimised), objective (with which loss on what; "" = the
 technique's own), setting (- | disjoint | shared), swap_of (a run), seeds. A recipe's keys and units are the fields of
-`kd_jax.train.Recipe`, an objective's those of `kd_jax.distill.objective.Objective`. Strings are empty where nothing is
+`kd_jax.train.Recipe`, an objective's those of `kd_jax.distill.objective.Objective`, a plan's those of
+`kd_jax.plan.stated.Stated`. Strings are empty where nothing is
 chosen, numbers 0.
 """
 
@@ -12,6 +13,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from kd_jax.distill.objective import PRESETS
+from kd_jax.plan.stated import Stated
 from kd_jax.train import Recipe
 
 
@@ -92,6 +94,9 @@ def get_config() -> ConfigDict:
         dict(
             roles=("private", "heldout", "dev", "calib", "canary"),
             batch_rows=8,  # packed rows a pass
+            pairs=(),  # models compared token by token: "students" (each with its teacher), or "teacher:students/kd"
+            trajectory=0,  # checkpoints of every run that are kept and scored, evenly spread, the last step among them
+            variants=(),  # of every record, scored as well: recall recall_members lowercase neighbours
             precision="highest",  # of matrix products: highest | high | default
             temperatures=(),  # grid of lse_t<T>
             top_k=(),  # grid of topk_lse_k<K>_t<T>
@@ -123,6 +128,7 @@ def get_config() -> ConfigDict:
             bootstrap=1000,  # resamples of TPR intervals
         )
     )
+    config.plan = ConfigDict(dataclasses.asdict(Stated()))  # what --stages=plan cannot find out
     config.report = ConfigDict(dict(show_canaries=False))  # print invented canaries; never for private records
     return config
 

@@ -6,13 +6,15 @@ Arrays are stored under their dotted names, so that a checkpoint does not depend
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+import pathlib
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from kd_jax import processes
 from kd_jax.sharding import names
+from kd_jax.storage import Path
 
 
 class Checkpoints:
@@ -30,17 +32,24 @@ class Checkpoints:
         return None if latest is None else latest.step
 
     def save(self, step: int, state, feed: dict[str, np.ndarray], iterators: dict) -> None:
-        """Save `state` (any pytree), the feed's arrays and the iterators' positions; returns when it is on disk."""
-        everything = {"state": _flat(state), **({"feed": feed} if feed else {}), **iterators}
-        self._checkpointer.save_checkpointables(step, everything, force=True, overwrite=True)
+        """Save `state` (any pytree), the feed's arrays and the iterators' positions; returns when it is on disk.
+
+        The positions are the same on every process, so they are kept once, for any number of processes to go on from.
+        """
+        everything = {"state": _flat(state), **({"feed": feed} if feed else {})}
+        places = {name: iterator.get_state() for name, iterator in iterators.items()}
+        self._checkpointer.save_checkpointables(step, everything, force=True, overwrite=True, custom_metadata=places)
 
     def restore(self, abstract_state, feed: dict[str, np.ndarray], iterators: dict):
         """The newest state, as `abstract_state` says (shapes, dtypes, shardings), and the feed's arrays.
 
         `feed` says their shapes; the iterators move to their positions.
         """
-        wanted = {"state": _flat(abstract_state), **({"feed": feed} if feed else {}), **iterators}
+        wanted = {"state": _flat(abstract_state), **({"feed": feed} if feed else {})}
         loaded = self._checkpointer.load_checkpointables(None, wanted)
+        places = self._checkpointer.checkpointables_metadata(None).custom_metadata
+        for name, iterator in iterators.items():
+            iterator.set_state(places[name])
         leaves = [loaded["state"][n] for n in names(abstract_state)]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), loaded.get("feed", {})
 
@@ -69,7 +78,7 @@ def fingerprint(params) -> str:
     """First 16 hex of a sha256 over names, shapes, dtypes and bytes of all parameters."""
     digest = hashlib.sha256()
     for name, x in sorted(zip(names(params), jax.tree.leaves(params))):
-        host = np.asarray(x)
+        host = processes.to_host(x)
         digest.update(f"{name} {host.shape} {host.dtype}".encode())
         digest.update(np.ascontiguousarray(host).view(np.uint8).data)
     return digest.hexdigest()[:16]
@@ -81,4 +90,4 @@ def _flat(tree) -> dict:
 
 def _absolute(path: str | Path) -> str:
     text = str(path)
-    return text if "://" in text else str(Path(text).absolute())
+    return text if "://" in text else str(pathlib.Path(text).absolute())

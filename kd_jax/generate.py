@@ -108,7 +108,9 @@ def generate(
             if not more:
                 break
             loop, more = _decode(ready, prompt, batch, loop, slots=slots, **fixed)
-        for field, found in zip(dataclasses.fields(out), jax.device_get(_result(loop.state, eos_id))):
+        for field, found in zip(
+            dataclasses.fields(out), jax.device_get(_result(loop.state, np.int32(eos_id), mesh=mesh))
+        ):
             getattr(out, field.name)[used] = found[: len(used)]
     return out
 
@@ -335,13 +337,16 @@ def _going(state: State | BeamState, batch: Batch) -> Array:
     return unfinished & (state.step < batch.limits)
 
 
-def _result(state: State | BeamState, eos_id: int) -> tuple[Array, ...]:
-    """Tokens, lengths, ended and near ties of the rows."""
+@functools.partial(jax.jit, static_argnames="mesh")
+def _result(state: State | BeamState, eos_id: Array, *, mesh: Mesh) -> tuple[Array, ...]:
+    """Tokens, lengths, ended and near ties of all rows, on every process."""
     if isinstance(state, State):
-        return state.out, state.lengths, state.ended, state.near
-    tokens, lengths = state.done[:, 0], state.done_length[:, 0]
-    last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
-    return tokens, lengths, (last == eos_id) & (lengths > 0), state.near
+        found = state.out, state.lengths, state.ended, state.near
+    else:
+        tokens, lengths = state.done[:, 0], state.done_length[:, 0]
+        last = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[:, None], axis=1)[:, 0]
+        found = tokens, lengths, (last == eos_id) & (lengths > 0), state.near
+    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, P()))
 
 
 def _banned(z: Array, batch: Batch, out: Array, step: Array, n: int) -> Array:

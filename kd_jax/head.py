@@ -9,6 +9,7 @@ chunks that run depends on the data, so a masked row costs nothing and its conte
                 made in the forward pass: nothing of size `[N, V]` survives it)
 * `head_topk`   the k most probable ids of a teacher (1 matmul)
 * `head_stats`  the per-token statistics that attacks read (1 matmul)
+* `head_pair`   how two models' distributions differ, token by token (2 matmuls)
 
 Under a mesh all run per device on its own rows (`jax.shard_map` over `data` and `fsdp`); the `tensor` axis stays with
 the compiler, which splits the vocabulary.  Letters: N rows, C chunk, E head width, V vocabulary.
@@ -426,6 +427,82 @@ def _row_stats(z: Array, target: Array, *, spec: Stats) -> dict[str, Array]:
                 out[f"cum_above_p{mass:g}_t{t:g}"] = above
                 out[f"nucleus_p{mass:g}_t{t:g}"] = _nucleus_mass(q, mass)
     return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Settings of `head_pair`."""
+
+    vocab: int
+    temperature: float = 1.0  # of both distributions in the KL gradient; the divergences are at temperature 1
+    chunk: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError(f"the temperature of a pair must be positive, got {self.temperature}")
+
+
+ROUNDING = 16 * float(np.finfo(np.float32).eps)  # relative, of one probability
+PAIR_FIELDS = {"kl_ab": "float32", "kl_ba": "float32", "agree": "bool", "hit_b": "bool", "cos_ce_kl": "float32"}
+
+
+def head_pair(
+    h_a: Array, head_a: Head, h_b: Array, head_b: Head, targets: Array, mask: Array, spec: Comparison
+) -> dict[str, Array]:
+    """Per-token comparison `[N]` of a teacher a and a student b on the same tokens; 0 where `mask [N]` is False.
+
+    Both heads share a tokenizer (`spec.vocab` ids), not a width. All from float32 logits, whole vocabulary:
+      `kl_ab, kl_ba`  KL(p_a || p_b) and KL(p_b || p_a), nats
+      `agree`         the most probable id is the same (of equal logits the lowest id counts)
+      `hit_b`         the most probable id of b is the target
+      `cos_ce_kl`     cosine of the gradients by b's logits of the cross entropy, `p_b - onehot(target)`, and of
+                      `tau^2 KL(p_a^tau || p_b^tau)`, `tau (p_b^tau - p_a^tau)`; 0 where either vanishes (cui2026 3.3)
+    """
+
+    def local(h_a, h_b, targets, mask, head_a, head_b):
+        def body(rows, out):
+            z_a, z_b = (logits(_take(h, rows), head, spec.vocab) for h, head in ((h_a, head_a), (h_b, head_b)))
+            row = _row_pair(z_a, z_b, _take(targets, rows), spec.temperature)
+            return {k: _put(out[k], rows, row[k]) for k in out}
+
+        n = h_a.shape[0]
+        empty = {k: jnp.zeros((n,), dtype) for k, dtype in PAIR_FIELDS.items()}
+        return _over_chunks(mask, min(spec.chunk or default_chunk(spec.vocab), max(n, 1)), empty, body)
+
+    out_is_row = {k: True for k in PAIR_FIELDS}
+    return _per_device(local, (h_a, h_b, targets, mask), (head_a, head_b), out_is_row)
+
+
+def _row_pair(z_a: Array, z_b: Array, target: Array, temperature: float) -> dict[str, Array]:
+    logp_a, logp_b = jax.nn.log_softmax(z_a), jax.nn.log_softmax(z_b)
+    ids, top_a, top_b = jnp.arange(z_b.shape[-1]), jnp.argmax(z_a, axis=-1), jnp.argmax(z_b, axis=-1)
+    p_a, p_b = jax.nn.softmax(z_a / temperature), jax.nn.softmax(z_b / temperature)
+    # of equal models the difference is rounding, whose direction would mean nothing
+    gap = jnp.where(jnp.abs(p_b - p_a) > ROUNDING * p_a, p_b - p_a, 0.0)
+    # Both gradients sum to 0. Where a probability rounds towards 1, its entry follows from the others.
+    g_ce = _balanced(jnp.exp(logp_b), ids == target[:, None])
+    g_kl = _balanced(gap, ids == top_b[:, None])
+    return dict(
+        kl_ab=losses.divergence("fkl", logp_a, logp_b)[0],
+        kl_ba=losses.divergence("rkl", logp_a, logp_b)[0],
+        agree=top_a == top_b,
+        hit_b=top_b == target,
+        cos_ce_kl=_cosine(g_ce, g_kl),
+    )
+
+
+def _balanced(g: Array, at: Array) -> Array:
+    """`g [C, V]` with the entry `at` of each row replaced by minus the sum of the others."""
+    others = jnp.where(at, 0.0, g)
+    return jnp.where(at, -jnp.sum(others, axis=-1, keepdims=True), others)
+
+
+def _cosine(a: Array, b: Array) -> Array:
+    """Cosine `[C]` of rows `[C, V]`; scaled first, since squares of small gradients underflow."""
+    size = lambda x: jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    a, b = (x / jnp.where(size(x) > 0, size(x), 1.0) for x in (a, b))
+    norm = jnp.sqrt(jnp.sum(a * a, axis=-1) * jnp.sum(b * b, axis=-1))
+    return jnp.clip(jnp.sum(a * b, axis=-1) / jnp.where(norm > 0, norm, 1.0), -1.0, 1.0)
 
 
 def _nucleus_mass(q: Array, mass: float) -> Array:

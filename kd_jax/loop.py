@@ -7,7 +7,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from kd_jax.distill import feeds
 from kd_jax.distill.ledger import Ledger
 from kd_jax.distill.objective import Objective
 from kd_jax.metrics import Metrics, progress
+from kd_jax.storage import Path
 from kd_jax.train import SELECT, Recipe, TrainState, make_train_step
 from kd_jax.transformer import Transformer
 
@@ -46,6 +46,7 @@ class Task:
     evaluate: Callable[[Transformer], dict[str, float]]
     iterators: dict[str, Iterator[dict[str, np.ndarray]]]  # grain iterators that a checkpoint keeps: data, and lm
     keep: int = 2
+    trajectory: int = 0  # checkpoints whose parameters are kept for scoring, evenly spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,8 @@ class Loop:
 
     def run(self, state: TrainState, start: int) -> TrainState:
         task, recipe = self.task, self.recipe
-        evaluate_at, save_at = _marks(task.steps, recipe.evaluations), _marks(task.steps, recipe.checkpoints)
+        evaluate_at, save_at = marks(task.steps, recipe.evaluations), marks(task.steps, recipe.checkpoints)
+        keep_at = marks(task.steps, task.trajectory) if task.trajectory else set()
         log_every = max(1, task.steps // 100)
         ledger = Ledger(task.folder / "ledger", step=start)
         if start == 0:
@@ -146,7 +148,7 @@ class Loop:
             if "lm" in task.iterators:
                 plain = next(task.iterators["lm"])
                 ledger.add_plain(step, plain)
-                plain = self._place(feeds.split_rows(plain, recipe.micro_batch_rows))
+                plain = self._place(feeds.split_rows(plain, task.feed.shapes.held))
             rate = np.float32(self.rate(step - 1))
             state, values = self.step_fn(state, self.frozen, self.teacher, self._place(batch), plain, rate)
             window.append(values)
@@ -165,6 +167,9 @@ class Loop:
                     ledger.write(step)
                     self.checkpoints.save(step, state, task.feed.state(), task.iterators)
                 window, since = [], time.perf_counter()
+            if step in keep_at:
+                kept = task.folder / "trajectory" / f"step-{step}"
+                checkpoint.save_params(kept, lora.merge(lora.join(state.model, self.frozen)))
         bar.close()
         return state
 
@@ -211,7 +216,7 @@ class Loop:
             )
 
 
-def _marks(steps: int, count: int) -> set[int]:
+def marks(steps: int, count: int) -> set[int]:
     """`count` evenly spread steps, the last of them `steps`."""
     return {max(1, round(steps * (i + 1) / count)) for i in range(count)}
 

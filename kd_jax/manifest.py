@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from pathlib import Path
+import pathlib
+
+from kd_jax import processes, storage
+from kd_jax.storage import Path
 
 
 class StaleWork(RuntimeError):
@@ -44,11 +45,9 @@ def read(folder: Path) -> dict | None:
 
 
 def write(folder: Path, inputs: dict, facts: dict) -> None:
-    """Write the manifest atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".manifest.json.tmp"
-    temporary.write_text(json.dumps({"inputs": _plain(inputs), "facts": _plain(facts)}, indent=1, sort_keys=True))
-    os.replace(temporary, folder / "manifest.json")
+    """Write the manifest atomically. The first process writes; all return when it is there."""
+    text = json.dumps({"inputs": _plain(inputs), "facts": _plain(facts)}, indent=1, sort_keys=True)
+    processes.once(lambda: storage.write_text(folder / "manifest.json", text), f"manifest of {folder}")
 
 
 def finished(folder: Path, inputs: dict, what: str) -> bool:
@@ -71,9 +70,9 @@ def begin(folder: Path, inputs: dict, what: str) -> bool:
     """Like `finished`; work that was only begun is checked against its `begun` note, so that a resume is safe."""
     started = folder / "begun"
     if finished(folder, inputs, what):
-        shutil.rmtree(started, ignore_errors=True)  # left where a start died between the two steps of `end`
+        _forget(started)  # left where a start died between the two steps of `end`
         return True
-    if read(started) is not None:
+    if processes.agree(read(started) is not None):  # one process may already be writing it
         finished(started, inputs, f"unfinished {what}")
     else:
         write(started, inputs, {})
@@ -83,7 +82,11 @@ def begin(folder: Path, inputs: dict, what: str) -> bool:
 def end(folder: Path, inputs: dict, facts: dict) -> None:
     """Write the manifest of work that `begin` began, and drop its `begun` note."""
     write(folder, inputs, facts)
-    shutil.rmtree(folder / "begun", ignore_errors=True)
+    _forget(folder / "begun")
+
+
+def _forget(folder: Path) -> None:
+    processes.once(lambda: storage.rmtree(folder), f"removal of {folder}")
 
 
 def stamp(path: str) -> str:
@@ -91,7 +94,7 @@ def stamp(path: str) -> str:
 
     What is not here (a hub id) is its own name.
     """
-    root = Path(path)
+    root = pathlib.Path(path)
     found = sorted(p for p in root.glob("*") if p.suffix in (".json", ".safetensors")) if root.is_dir() else [root]
     if not all(p.is_file() for p in found):
         return path

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from kd_jax import storage
+from kd_jax.storage import Path
 
 
 class Metrics:
@@ -21,20 +23,16 @@ class Metrics:
         self._events = self._lines = None
         if jax.process_index() != 0:
             return
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        path = storage.as_path(folder) / "metrics.jsonl"
         kept = [line for line in _read_lines(path) if line["step"] <= step] if step else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._lines = path.open("a")
+        self._lines = storage.Log(path, map(json.dumps, kept))
         self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One row of scalars; names like `train/loss` become TensorBoard's groups."""
         if self._lines is None:
             return
-        self._lines.write(json.dumps({"step": step, **{k: float(v) for k, v in values.items()}}) + "\n")
-        self._lines.flush()
+        self._lines.add(json.dumps({"step": step, **{k: float(v) for k, v in values.items()}}))
         for name, value in values.items():
             self._events.add_scalar(name, float(value), step)
 

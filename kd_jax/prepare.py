@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
-from kd_jax import manifest
+from kd_jax import manifest, processes, storage
 from kd_jax.data import encode, records, roles, synthetic, tokenizer
 from kd_jax.errors import ConfigError
+from kd_jax.storage import Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,12 +132,16 @@ def _tokenizer(config: ConfigDict, public: pd.DataFrame, workdir: Path) -> token
         return tokenizer.load(spec)
     folder, texts = workdir / "tokenizer", _texts(public, config.data.template)
     inputs = {"tokenizer": spec, "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]}
-    if manifest.finished(folder, inputs, "the tokenizer"):
-        return tokenizer.load({"json": str(folder / "tokenizer.json")})
-    tok = tokenizer.load(spec, train_texts=texts)
-    tok.save(folder)
-    manifest.write(folder, inputs, {"fingerprint": tok.fingerprint})
-    return tok
+    if not manifest.finished(folder, inputs, "the tokenizer"):
+        fingerprint = ""
+        if processes.first():
+            trained = tokenizer.load(spec, train_texts=texts)
+            with storage.local_copy(folder, write=True) as place:
+                trained.save(place)
+            fingerprint = trained.fingerprint
+        manifest.write(folder, inputs, {"fingerprint": fingerprint})
+    with storage.local_copy(folder) as place:
+        return tokenizer.load({"json": str(place / "tokenizer.json")})
 
 
 def _texts(frame: pd.DataFrame, template: str) -> list[str]:
@@ -162,28 +165,23 @@ def splits_fingerprint(splits: pd.DataFrame) -> str:
 
 def _keep(splits: pd.DataFrame, path: Path) -> None:
     """Write the splits once; a later start must draw the same ones."""
-    if path.exists():
-        if splits_fingerprint(pd.read_parquet(path)) != splits_fingerprint(splits):
+    if processes.agree(path.exists()):
+        if splits_fingerprint(pd.read_parquet(storage.readable(path))) != splits_fingerprint(splits):
             raise roles.DataError(
                 f"{path} holds other roles than this config draws (data, seed or shares changed): use another --workdir"
             )
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(".splits.parquet.tmp")
-    splits.to_parquet(temporary, index=False)
-    os.chmod(temporary, 0o600)
-    os.replace(temporary, path)
+    processes.once(lambda: storage.write_bytes(path, splits.to_parquet(index=False)), "splits")
 
 
 def write_text_tables(data: Data, folder: Path) -> None:
     """What text-only classifiers need: `<role>.parquet`, `splits.parquet`, `token_counts.npz`."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for role in sorted(set(data.splits.role) - {"public"}):
         encoded = data.of_role(role)
         if len(encoded):
-            encode.text_table(encoded, data.frame, data.tokenizer).to_parquet(folder / f"{role}.parquet", index=False)
-    data.splits.to_parquet(folder / "splits.parquet", index=False)
-    np.savez(folder / "token_counts.npz", counts=encode.token_counts(data.of_role("public"), data.tokenizer.vocab_size))
-    (folder / "counts.json").write_text(json.dumps(data.counts, indent=1))
-    for path in folder.iterdir():
-        os.chmod(path, 0o600)
+            table = encode.text_table(encoded, data.frame, data.tokenizer)
+            storage.write_bytes(folder / f"{role}.parquet", table.to_parquet(index=False))
+    storage.write_bytes(folder / "splits.parquet", data.splits.to_parquet(index=False))
+    with storage.create(folder / "token_counts.npz") as handle:
+        np.savez(handle, counts=encode.token_counts(data.of_role("public"), data.tokenizer.vocab_size))
+    storage.write_text(folder / "counts.json", json.dumps(data.counts, indent=1))

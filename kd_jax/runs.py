@@ -10,15 +10,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 
-import jax
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from kd_jax import checkpoint, loop, manifest, prepare, teacher_cache, train, utility
+from kd_jax import checkpoint, loop, manifest, prepare, processes, sharding, storage, teacher_cache, train, utility
 from kd_jax import score as scoring
 from kd_jax.data import batches
 from kd_jax.data.encode import Encoded
@@ -28,6 +25,7 @@ from kd_jax.distill.policies import DATASET, SOURCES, STUDENT, TEACHER
 from kd_jax.errors import ConfigError
 from kd_jax.generate import Sampling, generate
 from kd_jax.graph import BASES, Run
+from kd_jax.storage import Path
 from kd_jax.study import (
     Study,
     answer_set,
@@ -66,6 +64,10 @@ def _check(study: Study, run: Run, seed: int) -> None:
         (
             recipe.select != "best_dev_rouge" or config.probe.rouge_examples,
             f"recipes.{run.recipe}.select best_dev_rouge needs probe.rouge_examples above 0",
+        ),
+        (
+            recipe.cache == "none" or storage.is_local(study.workdir),
+            f"recipes.{run.recipe}.cache needs a local --workdir: a cache is mapped into memory",
         ),
         (
             objective.prefix < config.data.max_length,
@@ -122,8 +124,14 @@ def _search(folder: Path, rates: tuple[float, ...], fit: Callable[[float, Path],
     if not finished:
         raise FloatingPointError(f"{folder}: training diverged at every learning rate of {rates}")
     best = min(finished, key=lambda point: point["dev_loss"])["lr"]
-    shutil.copytree(folder / f"lr{best:g}" / "params", folder / "params", dirs_exist_ok=True)
-    shutil.copy(folder / f"lr{best:g}" / "ledger.parquet", folder / "ledger.parquet")
+
+    def take() -> None:
+        storage.copytree(folder / f"lr{best:g}" / "params", folder / "params")
+        storage.copy(folder / f"lr{best:g}" / "ledger.parquet", folder / "ledger.parquet")
+        if (folder / f"lr{best:g}" / "trajectory").exists():
+            storage.copytree(folder / f"lr{best:g}" / "trajectory", folder / "trajectory")
+
+    processes.once(take, f"best learning rate of {folder}")
     facts = tried[best]
     if best in (min(rates), max(rates)):
         edge = f"learning rate {best:g} is at the edge of its grid: a wider one may do better"
@@ -156,10 +164,10 @@ def _fit(study: Study, run: Run, seed: int, recipe: train.Recipe, objective: Obj
     load_teacher = functools.partial(load_run, study, run.teacher, _teacher_seed(study, run, seed))
     encoded = _training_data(study, run, seed, objective, load_teacher)
     rows, steps = _training_rows(study, run, seed, recipe, encoded)
-    iterators = {"data": _iterator(rows, recipe)}
+    iterators = {"data": _iterator(study, rows, recipe)}
     plain = _plain_text(study, recipe, steps, seed) if objective.lm_coef else None
     if plain is not None:
-        iterators["lm"] = _iterator(plain[1], recipe)
+        iterators["lm"] = _iterator(study, plain[1], recipe)
     init = load_run(study, run.init, study.runs[run.init].seed_for(seed)) if run.init else base_model(study, run, seed)
     # Cross entropy on teacher text needs the teacher no more.
     compares = objective.kd_ratio > 0 or objective.lm_coef * objective.lm_kd_ratio > 0
@@ -172,6 +180,7 @@ def _fit(study: Study, run: Run, seed: int, recipe: train.Recipe, objective: Obj
         feed=feed,
         evaluate=_evaluator(study),
         iterators=iterators,
+        trajectory=study.config.score.trajectory,
     )
     rng = key(study, f"train {run.name}", seed)
     done = loop.fit(init, teacher, recipe, objective, task, vocab=study.vocab, rng=rng, mesh=study.mesh)
@@ -180,7 +189,8 @@ def _fit(study: Study, run: Run, seed: int, recipe: train.Recipe, objective: Obj
     used = ledger.summarize(folder / "ledger", objective, teacher is not None, encoded.record_id, plain_ids)
     role = study.data.splits.set_index("example_id").role.reindex(used.example_id)
     used.insert(1, "role", np.where(used.source == "lm_corpus", "", role.fillna("")))
-    used.to_parquet(folder / "ledger.parquet", index=False)
+    table = used.to_parquet(index=False)
+    processes.once(lambda: storage.write_bytes(folder / "ledger.parquet", table), f"ledger of {folder}")
     from_data = used[used.source != "lm_corpus"]
     for warning in done.feed.get("warnings", ()):
         log.warning("%s: %s", task.label, warning)
@@ -196,6 +206,7 @@ def _fit(study: Study, run: Run, seed: int, recipe: train.Recipe, objective: Obj
         response_tokens=int(from_data.tokens.sum()),
         sources={str(k): int(v) for k, v in from_data.groupby(_source_label(from_data)).tokens.sum().items()},
         fidelity=objective.fidelity,
+        trajectory=sorted(loop.marks(steps, task.trajectory)) if task.trajectory else [],
         **done.feed,
     )
 
@@ -206,7 +217,10 @@ def _source_label(used) -> np.ndarray:
 
 def _feed(study: Study, run: Run, seed, recipe, objective, encoded, rows, iterator, steps, teacher) -> feeds.DataFeed:
     data = study.config.data
-    shapes = feeds.Shapes(recipe.micro_batch_rows, data.row_length or data.max_length, data.max_length, data.pack)
+    slots = sharding.own_rows(study.mesh, recipe.micro_batch_rows)
+    shapes = feeds.Shapes(
+        recipe.micro_batch_rows, data.row_length or data.max_length, data.max_length, data.pack, slots
+    )
     if not objective.on_policy:
         cache = _cache(study, run, seed, recipe, objective, encoded, teacher)
         return feeds.DataFeed(encoded, iterator, shapes, TEACHER if objective.policy == "teacher" else DATASET, cache)
@@ -322,10 +336,10 @@ def _plain_text(study: Study, recipe: train.Recipe, steps: int, seed: int):
     return encoded, _enough(make, steps * recipe.batch_rows)
 
 
-def _iterator(rows: batches.TrainingRows, recipe: train.Recipe):
-    return batches.training_iterator(
-        rows, batch_rows=recipe.batch_rows, process_index=jax.process_index(), process_count=jax.process_count()
-    )
+def _iterator(study: Study, rows: batches.TrainingRows, recipe: train.Recipe):
+    slots = sharding.own_rows(study.mesh, recipe.micro_batch_rows)
+    first = np.arange(0, recipe.batch_rows, recipe.micro_batch_rows)  # of every micro-batch
+    return batches.training_iterator(rows, batch_rows=recipe.batch_rows, own=np.add.outer(first, slots).reshape(-1))
 
 
 def _order_seed(study: Study, run: Run, seed: int) -> int:
@@ -376,6 +390,7 @@ def _inputs(study: Study, run: Run, seed: int) -> dict:
         lm=study.config.data.lm.to_dict() if objective.lm_coef else {},
         lr=_rates(study, run, seed, recipe)[0],
         probe=study.config.probe.to_dict(),
+        **({"trajectory": study.config.score.trajectory} if study.config.score.trajectory else {}),
         files={key: manifest.stamp(path) for key, path in named_files(study.config).items() if key in _read(objective)},
         **study.data.fingerprints(),
     )

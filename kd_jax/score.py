@@ -9,27 +9,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections import deque
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import jax
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from kd_jax import sharding
+from kd_jax import processes, sharding
 from kd_jax.data.batches import scoring_batches
 from kd_jax.data.encode import EOS, RESPONSE, Encoded, ragged
 from kd_jax.errors import ConfigError
 from kd_jax.head import Stats, head_stats
+from kd_jax.storage import Path, write_parquet
 from kd_jax.transformer import Transformer
 
 FIELDS = ("logp", "log1m_p", "entropy", "logp_std", "rank", "ties", "top1_id", "top1_logp", "top2_gap")  # `basic`
+
+TYPES = dict.fromkeys(("target_id", "rank", "ties", "top1_id"), pa.int32()) | {
+    "segment": pa.int8(),
+    "agree": pa.bool_(),
+    "hit_b": pa.bool_(),
+}  # of list columns; all others are float32
 
 PRECISIONS = ("highest", "high", "default")
 
@@ -69,7 +73,7 @@ def make_score_step(spec: Scoring, mesh: Mesh) -> Callable:
             fields = head_stats(flat(h), model.head(), flat(batch["targets"]), flat(batch["loss_mask"]), spec.stats)
         return {k: v.reshape(batch["tokens"].shape) for k, v in fields.items()}
 
-    return jax.jit(step, out_shardings=NamedSharding(mesh, P(sharding.BATCH)))
+    return jax.jit(step, out_shardings=NamedSharding(mesh, P()))  # every process gets all of it: it is small
 
 
 @functools.lru_cache(maxsize=8)
@@ -85,13 +89,19 @@ def score(
     Returns `(counts [n], fields)`: scored tokens per example in the order of `indices`, and flat `[counts.sum()]`
     arrays of every field plus `target_id` and `segment`, grouped by example in that order.
     """
-    step = _compiled(spec, mesh)
+    return run_step(_compiled(spec, mesh), model, encoded, indices, spec, mesh, bar=bar)
+
+
+def run_step(
+    step: Callable, models, encoded: Encoded, indices: np.ndarray, spec: Scoring, mesh: Mesh, *, bar: tqdm | None = None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """`score` with another step than that of one model: `step(models, batch) -> {field: [R, T]}`."""
     split = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = -(-spec.batch_rows // split) * split
     scored: list[tuple[np.ndarray, np.ndarray]] = []  # examples of a batch, and how many tokens each has
     parts: list[dict[str, np.ndarray]] = []
     for (batch, examples, counts), fields in _ahead(
-        step, model, scoring_batches(encoded, indices, row_length=spec.row_length, batch_rows=rows), mesh
+        step, models, scoring_batches(encoded, indices, row_length=spec.row_length, batch_rows=rows), mesh
     ):
         mask = batch["loss_mask"]
         parts.append({k: np.asarray(v)[mask] for k, v in fields.items()} | {"target_id": batch["targets"][mask]})
@@ -106,12 +116,12 @@ def score(
     return counts[np.argsort(place[examples])], fields | {"segment": _scored_segments(encoded, indices)}
 
 
-def _ahead(step: Callable, model: Transformer, batches: Iterable[tuple], mesh: Mesh, depth: int = 2):
+def _ahead(step: Callable, models, batches: Iterable[tuple], mesh: Mesh, depth: int = 2):
     """Yield (item, fields) for the items of `scoring_batches`, `depth` of them dispatched ahead of the host."""
     wanted = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
     queue: deque = deque()
     for item in batches:
-        queue.append((item, step(model, sharding.place_batch({k: item[0][k] for k in wanted}, mesh))))
+        queue.append((item, step(models, sharding.place_batch({k: item[0][k] for k in wanted}, mesh, whole=True))))
         if len(queue) > depth:
             yield queue.popleft()
     yield from queue
@@ -143,14 +153,6 @@ def table(
     encoded: Encoded, indices: np.ndarray, role: str, counts: np.ndarray, fields: dict[str, np.ndarray]
 ) -> pa.Table:
     """One row per example: ids and sizes, then list columns per scored token."""
-    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
-    integers = {
-        "target_id": pa.int32(),
-        "segment": pa.int8(),
-        "rank": pa.int32(),
-        "ties": pa.int32(),
-        "top1_id": pa.int32(),
-    }
     columns = {
         "example_id": pa.array([str(i) for i in encoded.example_id[indices]]),
         "role": pa.array([role] * len(indices)),
@@ -161,19 +163,14 @@ def table(
         "first_div": pa.array(first_divergence(counts, fields["top1_id"], fields["target_id"]), pa.int32()),
     }
     ordered = ["target_id", "segment", *FIELDS, *sorted(set(fields) - {"target_id", "segment", *FIELDS})]
-    for name in ordered:
-        values = pa.array(fields[name], integers.get(name, pa.float32()))
-        columns[name] = pa.ListArray.from_arrays(offsets, values)
-    return pa.table(columns)
+    return pa.table(columns | list_columns(counts, {name: fields[name] for name in ordered}))
 
 
-def write_table(path: Path, rows: pa.Table, metadata: dict[str, str]) -> None:
-    """Write Parquet (zstd) under a temporary name, then rename; mode 0600."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as handle:
-        pq.write_table(rows.replace_schema_metadata(metadata), handle, compression="zstd")
-    os.replace(temporary, path)
+def list_columns(counts: np.ndarray, fields: dict[str, np.ndarray]) -> dict[str, pa.ListArray]:
+    """Flat arrays as one list of `counts[i]` values per example."""
+    offsets = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
+    typed = {name: pa.array(values, TYPES.get(name, pa.float32())) for name, values in fields.items()}
+    return {name: pa.ListArray.from_arrays(offsets, values) for name, values in typed.items()}
 
 
 def score_role(
@@ -187,11 +184,29 @@ def score_role(
     bar: tqdm,
 ) -> None:
     """Score all of `encoded` (one role) into `folder`; shards that exist are kept."""
-    for shard, start in enumerate(range(0, len(encoded), spec.shard_examples)):
-        indices = np.arange(start, min(start + spec.shard_examples, len(encoded)))
-        path = folder / f"{role}-{shard:05d}.parquet"
-        if path.exists():
+
+    def make(indices: np.ndarray) -> pa.Table:
+        return table(encoded, indices, role, *score(model, encoded, indices, spec, mesh, bar=bar))
+
+    write_shards(make, len(encoded), role, folder, spec.shard_examples, metadata, bar)
+
+
+def write_shards(
+    make: Callable[[np.ndarray], pa.Table], n: int, role: str, folder: Path, size: int, metadata: dict, bar: tqdm
+) -> None:
+    """Write `make(indices)` for every `size` of n examples as a shard of its own; those that exist are kept.
+
+    All processes make every table; they take turns in writing.
+    """
+    starts = range(0, n, size)
+    paths = [folder / f"{role}-{shard:05d}.parquet" for shard in range(len(starts))]
+    done = processes.agree([path.exists() for path in paths])
+    for shard, (start, path) in enumerate(zip(starts, paths)):
+        indices = np.arange(start, min(start + size, n))
+        if done[shard]:
             bar.update(len(indices))
             continue
-        counts, fields = score(model, encoded, indices, spec, mesh, bar=bar)
-        write_table(path, table(encoded, indices, role, counts, fields), metadata)
+        rows = make(indices)
+        if processes.turn(shard):
+            write_parquet(path, rows, metadata)
+    processes.barrier(f"scores of role {role} in {folder}")

@@ -93,7 +93,40 @@ def rows(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*(None,) * leading, BATCH))
 
 
-def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, leading: int = 0) -> dict[str, jax.Array]:
-    """Host arrays (this process's rows) to global device arrays."""
-    sharding = rows(mesh, leading)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+def place(name: str, x: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A parameter, the same on every process's host, in its partition on the mesh."""
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec_for(name, x.shape, mesh)), x.__getitem__)
+
+
+def own_rows(mesh: Mesh, n: int) -> np.ndarray:
+    """Which of `n` rows of a batch lie on devices of this process, ascending.
+
+    Several processes hold the same rows where `tensor` crosses them.
+    """
+    slices = rows(mesh).addressable_devices_indices_map((n,)).values()
+    return np.unique(np.concatenate([np.arange(n)[index] for index in slices]))
+
+
+def place_batch(
+    batch: dict[str, np.ndarray], mesh: Mesh, leading: int = 0, *, whole: bool = False
+) -> dict[str, jax.Array]:
+    """Host arrays to global device arrays, rows along axis `leading`.
+
+    The arrays hold this process's rows, as `own_rows` names them; `whole`: all rows, the same on every process.
+    """
+    sharding, shards = rows(mesh, leading), mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = len(own_rows(mesh, shards))  # of all shards, how many this process holds
+
+    def place(x: np.ndarray) -> jax.Array:
+        n = x.shape[leading] if whole else x.shape[leading] * shards // parts
+        own = np.arange(n) if whole else own_rows(mesh, n)
+        shape = (*x.shape[:leading], n, *x.shape[leading + 1 :])
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = index[leading]
+            first, last = np.searchsorted(own, [wanted.start or 0, n if wanted.stop is None else wanted.stop])
+            return x[(*index[:leading], slice(first, last))]
+
+        return jax.make_array_from_callback(shape, sharding, shard)
+
+    return {k: place(v) for k, v in batch.items()}

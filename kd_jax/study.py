@@ -12,7 +12,7 @@ import pandas as pd
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from kd_jax import checkpoint, graph, hf, manifest, prepare, sharding, train, utility
+from kd_jax import checkpoint, graph, hf, manifest, prepare, sharding, storage, train, utility
 from kd_jax import score as scoring
 from kd_jax.data import tokenizer
 from kd_jax.distill.objective import Objective
@@ -27,7 +27,7 @@ class Study:
     """A config bound to a work directory and a mesh, with its data prepared and its graph of runs checked."""
 
     config: ConfigDict
-    workdir: Path
+    workdir: storage.Path
     mesh: Mesh
     data: prepare.Data
     runs: dict[str, Run]
@@ -42,11 +42,11 @@ class Study:
     def nodes(self) -> list[tuple[Run, int]]:
         return [(r, s) for r in self.runs.values() if self.only in ("", r.name) for s in r.seeds]
 
-    def folder(self, run: Run, seed: int, kind: str = "runs") -> Path:
+    def folder(self, run: Run, seed: int, kind: str = "runs") -> storage.Path:
         return self.workdir / kind / run.name / f"seed{seed}"
 
 
-def open_study(config: ConfigDict, workdir: Path, mesh: Mesh, only: str = "") -> Study:
+def open_study(config: ConfigDict, workdir: storage.Path, mesh: Mesh, only: str = "") -> Study:
     """Check the graph, recipes and models of a config, then prepare its data. Errors come before any training."""
     techniques = {name: objective.technique for name, objective in config.objectives.items()}
     parsed = graph.parse(config.runs.to_dict(), set(config.models), set(config.recipes), techniques)
@@ -175,9 +175,7 @@ def base_model(study: Study, run: Run, seed: int) -> Transformer:
     """A base: loaded tensor by tensor onto the mesh, or drawn from (config.seed, model, seed)."""
     model = study.config.models[run.model]
     if model.path:
-        place = lambda name, x: jax.device_put(
-            x, jax.NamedSharding(study.mesh, sharding.spec_for(name, x.shape, study.mesh))
-        )
+        place = functools.partial(sharding.place, mesh=study.mesh)
         return hf.load_pretrained(model.path, revision=model.revision or None, place=place)
     make = functools.partial(Transformer, model_config(study, run.model))
     shardings = sharding.shardings(jax.eval_shape(make, jax.random.key(0)), study.mesh)
@@ -194,8 +192,10 @@ def key(study: Study, purpose: str, seed: int) -> jax.Array:
     return jax.random.key(number(study, purpose, seed))
 
 
-def load_run(study: Study, name: str, seed: int) -> Transformer:
-    """The final parameters of a run. Raises FileNotFoundError naming the run if it is not trained yet."""
+def load_run(study: Study, name: str, seed: int, params: storage.Path | None = None) -> Transformer:
+    """The final parameters of a run, or those that `params` holds of it.
+
+    Raises FileNotFoundError naming the run if it is not trained yet."""
     run = study.runs[name]
     if not run.train_roles:
         return base_model(study, run, seed)
@@ -208,7 +208,7 @@ def load_run(study: Study, name: str, seed: int) -> Transformer:
         abstract,
         sharding.shardings(abstract, study.mesh),
     )
-    return checkpoint.load_params(folder / "params", placed)
+    return checkpoint.load_params(params or folder / "params", placed)
 
 
 def named_files(config: ConfigDict) -> dict[str, str]:

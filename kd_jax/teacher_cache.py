@@ -15,10 +15,7 @@ teacher makes of private text: mode 0600.
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +23,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kd_jax import manifest, sharding
+from kd_jax import manifest, processes, sharding, storage
 from kd_jax.data.batches import Batch, scoring_batches
 from kd_jax.data.encode import EOS, RESPONSE, Encoded
 from kd_jax.errors import ConfigError
 from kd_jax.head import head_topk
 from kd_jax.manifest import StaleWork
 from kd_jax.metrics import progress
+from kd_jax.storage import Path
 from kd_jax.transformer import Transformer
 
 KINDS = ("exact", "top_k")
@@ -90,15 +88,18 @@ def build(
 
     Raises:
         StaleWork: the folder holds a cache from other inputs, or a damaged file; names it.
-        ConfigError: more bytes are needed than the disk has free, or k exceeds the vocabulary; before any work.
+        ConfigError: `folder` is in a bucket, more bytes are needed than the disk has free, or k exceeds the vocabulary;
+            before any work.
     """
     if spec.k > vocab:
         raise ConfigError(f"cache_k is {spec.k}, the vocabulary has {vocab} tokens")
+    if not storage.is_local(folder):
+        raise ConfigError(f"{folder}: a cache is mapped into memory: use a local --workdir, or cache none")
     cache = Cache(folder, encoded, spec, teacher.cfg.embed_dim)
     inputs = inputs | {"cache": spec.identity, "vocab": vocab, "encoded": encoded.fingerprint()}
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     finished = manifest.begin(folder, inputs, "the teacher cache")
-    if missing := cache.missing():
+    if missing := processes.agree(cache.missing()):
         _check_space(cache, missing)
         _write_shards(cache, missing, teacher, mesh, vocab)
     cache.open()
@@ -202,18 +203,13 @@ def _map(path: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    """Write under a temporary name, then rename; mode 0600."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as handle:
+    with storage.create(path) as handle:
         np.save(handle, array.view(np.uint16) if array.dtype == jnp.bfloat16 else array)  # NumPy's files know no bf16
-        handle.flush()
-        os.fsync(handle.fileno())  # before the name says that it is whole
-    os.replace(temporary, path)
 
 
 def _check_space(cache: Cache, shards: list[int]) -> None:
     needed = int(np.diff(cache.first_row)[shards].sum()) * cache.token_bytes
-    free = shutil.disk_usage(cache.folder).free
+    free = storage.free_bytes(cache.folder)
     if needed > free:
         raise ConfigError(
             f"the teacher cache needs {needed / 2**30:.2f} GiB more, {cache.folder} has {free / 2**30:.2f} GiB free: "
@@ -237,7 +233,7 @@ def make_step(spec: CacheSpec, vocab: int, mesh: Mesh) -> Callable:
         shape = (*h.shape[:2], spec.k)
         return {"ids": ids.reshape(shape), "logp": logp.reshape(shape)}
 
-    return jax.jit(step, out_shardings=NamedSharding(mesh, P(sharding.BATCH)))
+    return jax.jit(step, out_shardings=NamedSharding(mesh, P()))
 
 
 def _write_shards(cache: Cache, shards: list[int], teacher: Transformer, mesh: Mesh, vocab: int) -> None:
@@ -253,10 +249,12 @@ def _write_shards(cache: Cache, shards: list[int], teacher: Transformer, mesh: M
             arrays = {name: np.empty((tokens[shard], n), dtype) for name, (dtype, n) in cache.columns.items()}
             indices = np.arange(cache.first_example[shard], ends[shard])
             for batch, _, counts in scoring_batches(cache.encoded, indices, **layout):
-                found = step(teacher, sharding.place_batch({k: batch[k] for k in wanted}, mesh))
+                found = step(teacher, sharding.place_batch({k: batch[k] for k in wanted}, mesh, whole=True))
                 rows = cache.rows(batch) - cache.first_row[shard]
                 for name, array in arrays.items():
                     array[rows] = np.asarray(found[name])[batch["loss_mask"]]
                 bar.update(int(counts.sum()))
-            for name, array in arrays.items():
-                _save(cache.path(name, shard), array)
+            if processes.turn(shard):
+                for name, array in arrays.items():
+                    _save(cache.path(name, shard), array)
+    processes.barrier(f"teacher cache in {cache.folder}")

@@ -257,5 +257,5 @@ def make_measure(objective: Objective, recipe: Recipe, vocab: int, mesh: Mesh) -
     jitted = jax.jit(measure, out_shardings=NamedSharding(mesh, P()))
     wanted = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
     return lambda model, teacher, batch: jitted(
-        model, teacher, sharding.place_batch({k: batch[k] for k in wanted}, mesh)
+        model, teacher, sharding.place_batch({k: batch[k] for k in wanted}, mesh, whole=True)
     )

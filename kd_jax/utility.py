@@ -20,7 +20,7 @@ from kd_jax.data import encode, records
 from kd_jax.data.encode import PROMPT, Encoded
 from kd_jax.data.tokenizer import Tokenizer
 from kd_jax.errors import ConfigError
-from kd_jax.score import write_table
+from kd_jax.storage import write_parquet
 from kd_jax.transformer import Transformer
 
 # Our name -> that of the rouge-score package.
@@ -213,4 +213,4 @@ def write(frame: pd.DataFrame, path: Path, metadata: Mapping[str, str]) -> None:
 
     `metadata` is that of a score table (`run`, `seed`, `provenance`, ...); `variant` becomes "generated".
     """
-    write_table(path, pa.Table.from_pandas(frame, preserve_index=False), {**metadata, "variant": "generated"})
+    write_parquet(path, pa.Table.from_pandas(frame, preserve_index=False), {**metadata, "variant": "generated"})

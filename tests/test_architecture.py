@@ -8,6 +8,8 @@ ROOT = Path(__file__).parent.parent
 # Layers from the bottom up; a module imports only from layers below its own.
 LAYERS = [
     {"kd_jax.errors"},
+    {"kd_jax.storage", "kd_jax.plan.chips", "kd_jax.plan.hlo", "kd_jax.plan.published", "kd_jax.plan.stated"},
+    {"kd_jax.processes"},
     {"kd_jax.losses", "kd_jax.sharding", "kd_jax.manifest", "kd_jax.graph", "kd_jax.metrics", "kd_jax.data.records"},
     {
         "kd_jax.head",
@@ -21,14 +23,23 @@ LAYERS = [
         "kd_jax.distill.policy_gradient",
     },
     {"kd_jax.transformer", "kd_jax.data.encode"},
-    {"kd_jax.families", "kd_jax.generate", "kd_jax.data.batches", "kd_jax.prepare"},
+    {"kd_jax.families", "kd_jax.generate", "kd_jax.data.batches", "kd_jax.prepare", "kd_jax.plan.count"},
     {"kd_jax.hf", "kd_jax.score", "kd_jax.distill.objective"},
-    {"kd_jax.teacher_cache", "kd_jax.utility", "kd_jax.train", "kd_jax.distill.policies"},
+    {
+        "kd_jax.pairs",
+        "kd_jax.variants",
+        "kd_jax.teacher_cache",
+        "kd_jax.utility",
+        "kd_jax.train",
+        "kd_jax.distill.policies",
+    },
     {"kd_jax.study", "kd_jax.distill.feeds"},
-    {"kd_jax.distill.ledger", "kd_jax.distill.teacher_text"},
+    {"kd_jax.distill.ledger", "kd_jax.distill.teacher_text", "kd_jax.plan.sketch"},
     {"kd_jax.loop"},
-    {"kd_jax.runs"},
-    {"kd_jax.experiment"},
+    {"kd_jax.runs", "kd_jax.plan.programs", "kd_jax.plan.disk"},
+    {"kd_jax.tables", "kd_jax.experiment", "kd_jax.plan.compiled"},
+    {"kd_jax.plan.hours", "kd_jax.plan.remedies"},
+    {"kd_jax.plan.plan"},
 ]
 
 

@@ -129,13 +129,20 @@ def test_parts_of_processes_join_to_the_global_batch_and_the_last_is_padded(enco
     assert len(whole) == -(-len(rows) // 12) and len(rows) % 12  # so that there is a partial batch
     seen = [example for batch in whole for example in check_batch(batch, encoded)]
     assert sorted(seen) == sorted([*range(len(encoded))] * 2)
-    parts = [list(batches.training_iterator(rows, batch_rows=12, process_index=p, process_count=3)) for p in range(3)]
+    own = [np.array([0, 1, 6, 7]), np.array([2, 3]), np.array([4, 5, 8, 9, 10, 11])]  # as a mesh may deal them out
+    parts = [list(batches.training_iterator(rows, batch_rows=12, own=rows_of)) for rows_of in own]
     for step, batch in enumerate(whole):
         assert batch["tokens"].shape == (12, 160)
         for key, value in batch.items():
-            np.testing.assert_array_equal(value, np.concatenate([part[step][key] for part in parts]))
-    with pytest.raises(DataError, match="12 rows does not divide among 5"):
-        batches.training_iterator(rows, batch_rows=12, process_count=5)
+            for rows_of, part in zip(own, parts):
+                wanted = value if key in ("examples", "counts") else value[rows_of]
+                np.testing.assert_array_equal(part[step][key], wanted)
+        # what every process is told of the whole batch, counted from its arrays
+        first = (batch["example"] >= 0) & (batch["positions"] == 0)
+        np.testing.assert_array_equal(batch["examples"], batch["example"][first])
+        owner = np.cumsum(first.reshape(-1)) - 1
+        counts = np.bincount(owner[batch["loss_mask"].reshape(-1)], minlength=int(first.sum()))
+        np.testing.assert_array_equal(batch["counts"], counts)
 
 
 def test_a_resumed_iterator_gives_the_exact_next_batch(encoded):
@@ -156,7 +163,7 @@ def test_a_resumed_iterator_gives_the_exact_next_batch(encoded):
         for key in left:
             np.testing.assert_array_equal(left[key], right[key])
     # The state of one process serves any number of them.
-    second = iterator(process_index=1, process_count=2)
+    second = iterator(own=np.arange(4, 8))
     second.set_state(state)
     np.testing.assert_array_equal(next(second)["tokens"], whole[5]["tokens"][4:])
 

@@ -244,11 +244,11 @@ def test_killed_and_resumed_equals_uninterrupted(case, tmp_path, monkeypatch):
     whole = fit(tmp_path / "whole", case)
     placed, place = [], sharding.place_batch
 
-    def interrupted(batch, mesh, leading=0):
+    def interrupted(batch, mesh, leading=0, **keywords):
         placed.append(leading)
         if placed.count(1) > 8:  # optimiser steps; checkpoints are at 3, 6, 9
             raise KeyboardInterrupt
-        return place(batch, mesh, leading)
+        return place(batch, mesh, leading, **keywords)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(sharding, "place_batch", interrupted)

@@ -11,7 +11,20 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kd_jax import losses
-from kd_jax.head import Head, Loss, Policy, Stats, TopK, default_chunk, head_loss, head_stats, head_topk, logits
+from kd_jax.head import (
+    Comparison,
+    Head,
+    Loss,
+    Policy,
+    Stats,
+    TopK,
+    default_chunk,
+    head_loss,
+    head_pair,
+    head_stats,
+    head_topk,
+    logits,
+)
 from kd_jax.sharding import make_mesh
 
 Z_S = np.array([[0.5, -1, 2, 0, -0.5]])
@@ -490,3 +503,106 @@ def test_score_equals_the_training_loss_on_the_same_token(check):
     )
     got = head_stats(p["h_s"], p["student"], p["targets"], jnp.asarray(mask), Stats(37, chunk=8))
     check("score vs training loss, same token", np.abs(got["logp"] + values["ce"]).max(), 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ pairs
+
+
+def pair_oracle(p, tau: float) -> dict[str, np.ndarray]:
+    """The comparison [N] in NumPy float64, from all logits of the 37 ids."""
+    wide = lambda x: np.asarray(x, np.float64)
+
+    def z(h, head):
+        return wide(h) @ wide(head.weight)[:37].T + (0 if head.bias is None else wide(head.bias)[:37])
+
+    def log_softmax(x):
+        return x - x.max(1, keepdims=True) - np.log(np.exp(x - x.max(1, keepdims=True)).sum(1, keepdims=True))
+
+    z_a, z_b, y = z(p["h_t"], p["teacher"]), z(p["h_s"], p["student"]), np.asarray(p["targets"])
+    la, lb = log_softmax(z_a), log_softmax(z_b)
+    g_ce = np.exp(lb) - np.eye(37)[y]
+    g_kl = tau * (np.exp(log_softmax(z_b / tau)) - np.exp(log_softmax(z_a / tau)))
+    return dict(
+        kl_ab=(np.exp(la) * (la - lb)).sum(1),
+        kl_ba=(np.exp(lb) * (lb - la)).sum(1),
+        agree=z_a.argmax(1) == z_b.argmax(1),
+        hit_b=z_b.argmax(1) == y,
+        cos_ce_kl=(g_ce * g_kl).sum(1) / np.sqrt((g_ce**2).sum(1) * (g_kl**2).sum(1)),
+    )
+
+
+def compare_pair(p, mask, spec):
+    return jax.jit(head_pair, static_argnums=6)(
+        p["h_t"], p["teacher"], p["h_s"], p["student"], p["targets"], jnp.asarray(mask), spec
+    )
+
+
+@pytest.mark.parametrize("tau, chunk", [(1.0, 7), (2.0, 64), (0.5, 16)])
+def test_pair_against_float64(tau, chunk, check):
+    """Other widths, other paddings of the vocabulary (one poisoned), a bias on one side."""
+    p, mask = problem(5)
+    p["teacher"] = Head(p["teacher"].weight.at[37:].set(jnp.nan))
+    p["targets"] = p["targets"].at[::3].set(jnp.argmax(logits(p["h_s"], p["student"], 37), axis=1)[::3])
+    got, want = compare_pair(p, mask, Comparison(37, tau, chunk)), pair_oracle(p, tau)
+    assert set(got) == set(want) and want["hit_b"][mask].any() and want["agree"].any() and not want["agree"].all()
+    for name, values in want.items():
+        assert got[name].dtype == (bool if values.dtype == bool else np.float32)
+        check(f"pair of models vs float64: {name}", np.abs(got[name] * 1.0 - values)[mask].max(), 2e-5)
+        assert not np.asarray(got[name])[~mask].any(), "0 outside the mask"
+
+
+def test_pair_gradients_are_those_of_the_two_losses(check):
+    """The cosine's two directions by jax.grad of cross entropy and of tau^2 KL, in the student's logits."""
+    p, mask = problem(6)
+    tau, y = 2.0, p["targets"]
+    z_a, z_b = logits(p["h_t"], p["teacher"], 37), logits(p["h_s"], p["student"], 37)
+    log = jax.nn.log_softmax
+    ce = jax.grad(lambda z: -jnp.sum(log(z)[jnp.arange(45), y]))(z_b)
+    kl = jax.grad(lambda z: tau**2 * jnp.sum(jnp.exp(log(z_a / tau)) * (log(z_a / tau) - log(z / tau))))(z_b)
+    norm = lambda x: jnp.linalg.norm(x, axis=1)
+    want = jnp.sum(ce * kl, axis=1) / (norm(ce) * norm(kl))
+    got = compare_pair(p, mask, Comparison(37, tau, 16))["cos_ce_kl"]
+    check("cosine of logit gradients vs autodiff", np.abs(got - want)[mask].max(), 1e-5)
+
+
+def test_pair_limits():
+    """Equal models; a student that is certain; a teacher that is the one-hot label pulls where the label does."""
+    z = jnp.float32([[3, 1, 0, 0], [80, 0, 0, -1], [0.5, 0.1, 0, 0]])
+    y, mask = jnp.array([1, 0, 2], jnp.int32), jnp.ones(3, bool)
+    pair = lambda a, b: head_pair(a, Head(jnp.eye(4)), b, Head(jnp.eye(4)), y, mask, Comparison(4))
+    same = pair(z, z)
+    for name in ("kl_ab", "kl_ba", "cos_ce_kl"):
+        assert np.all(np.asarray(same[name]) == 0), "nothing to learn from a teacher that is the student"
+    assert same["agree"].all() and same["hit_b"].tolist() == [False, True, False]
+    label = pair(200 * jax.nn.one_hot(y, 4), z)
+    np.testing.assert_allclose(label["cos_ce_kl"], 1.0, atol=1e-6)
+    # the student of row 1 is certain, its others in proportion 1 : 1 : 1/e; the teacher is certain of another id
+    other = pair(200 * jax.nn.one_hot((y + 1) % 4, 4), z)["cos_ce_kl"][1]
+    rest, tail = 2 + 1 / np.e, 1 / np.e
+    np.testing.assert_allclose(other, -(rest + 1) / np.sqrt(2 * (rest**2 + 2 + tail**2)), rtol=1e-5)
+    with pytest.raises(ValueError, match="temperature of a pair must be positive"):
+        Comparison(4, 0.0)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_pair_on_eight_devices(shape, check):
+    p, mask = problem(n=48, pad_s=3, pad_t=3)
+    spec, mesh = Comparison(37, 2.0, 4), make_mesh(*shape)
+    want = compare_pair(p, mask, spec)
+    with jax.set_mesh(mesh):
+        rows, table = NamedSharding(mesh, P(("data", "fsdp"))), NamedSharding(mesh, P("tensor", "fsdp"))
+        split = lambda head: dataclasses.replace(head, weight=jax.device_put(head.weight, table))
+        placed = {k: jax.device_put(p[k], rows) for k in ("h_s", "h_t", "targets")}
+        got = compare_pair(placed | {k: split(p[k]) for k in ("student", "teacher")}, mask, spec)
+    for name in want:
+        check("pair of models on 8 devices vs 1", np.abs(want[name] * 1.0 - got[name]).max(), 5e-6)
+
+
+def test_pair_holds_no_logits_of_all_tokens():
+    n, width, vocab = 4096, 16, 4096
+    shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((n, width), (vocab, width)) * 2]
+    y, mask, spec = jnp.zeros(n, jnp.int32), jnp.ones(n, bool), Comparison(vocab, 2.0, 32)
+    f = jax.jit(lambda h, W, h_t, W_t: head_pair(h_t, Head(W_t), h, Head(W), y, mask, spec))
+    lowered = f.lower(*shapes)
+    assert lowered.as_text().count("dot_general") == 2
+    assert lowered.compile().memory_analysis().temp_size_in_bytes < n * vocab * 4 / 8

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base, quickstart
-from kd_jax import checkpoint, experiment, hf, manifest, runs, sharding
+from kd_jax import checkpoint, experiment, hf, manifest, runs, sharding, tables
 from kd_jax.data.encode import EOS, RESPONSE
 from kd_jax.errors import ConfigError
 from kd_jax.study import load_run, open_study
@@ -214,8 +214,8 @@ def test_students_start_from_the_public_sft(study):
 def test_scores_carry_training_objective_ledger_and_answers(study):
     only = study.runs["students/plain"]
     roles = {"dev": study.data.of_role("dev")}
-    experiment._score(study, only, 0, roles)
-    experiment._answer(study, only, 0)
+    tables._score(study, only, 0, roles, "plain")
+    tables._answer(study, only, 0)
     folder = study.workdir / "scores/students/plain/seed0"
     metadata = {k.decode(): v.decode() for k, v in pq.read_schema(folder / "plain/dev-00000.parquet").metadata.items()}
     provenance = json.loads(metadata["provenance"])

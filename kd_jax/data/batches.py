@@ -63,6 +63,7 @@ class TrainingRows:
     def __init__(self, encoded: Encoded, *, row_length: int, packed: bool, seed: int, epochs: int) -> None:
         _check_lengths(encoded, np.arange(len(encoded)), row_length)
         self._encoded, self._row_length = encoded, row_length
+        self._scored = encoded.scored_lengths
         plans, sizes, n_rows = [], [], []
         for epoch in range(epochs):
             order = np.random.default_rng([seed, epoch]).permutation(len(encoded))
@@ -93,44 +94,48 @@ class TrainingRows:
 
     def batch(self, rows: np.ndarray) -> Batch:
         """These rows as a dict of [len(rows), T] arrays; rows past the last one are empty."""
-        inside = np.minimum(rows, len(self) - 1)
-        sizes = np.where(rows < len(self), self._first[inside + 1] - self._first[inside], 0)
-        examples = self._examples[ragged(self._first[inside], sizes)]
+        examples, sizes = self._of(rows)
         return _layout(self._encoded, examples, sizes, self._row_length)
 
+    def examples(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The examples of these rows in their order, and the scored tokens of each: int64 [k]."""
+        examples = self._of(rows)[0].astype(np.int64)
+        return examples, self._scored[examples]
 
-def training_iterator(
-    rows: TrainingRows, *, batch_rows: int, process_index: int = 0, process_count: int = 1
-) -> grain.DatasetIterator:
+    def _of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Examples of these rows, and how many each row has."""
+        inside = np.minimum(rows, len(self) - 1)
+        sizes = np.where(rows < len(self), self._first[inside + 1] - self._first[inside], 0)
+        return self._examples[ragged(self._first[inside], sizes)], sizes
+
+
+def training_iterator(rows: TrainingRows, *, batch_rows: int, own: np.ndarray | None = None) -> grain.DatasetIterator:
     """Iterates over global batches of `batch_rows` rows and yields this process's part of each.
 
-    The parts of all processes, joined in the order of their indices, are the global batch. The last batch is filled up
-    with empty rows. `get_state` is a small JSON-able dict, the same in every process and for every number of processes;
-    after `set_state` the next batch is exactly the one that would have come.
-
-    Raises:
-        DataError: the rows do not divide among the processes.
+    `own` says which rows of a batch the devices of this process hold (`kd_jax.sharding.own_rows`); default: all. Beside
+    them a batch has `examples` [k], the examples of the whole batch in its order (one may come twice), and `counts`
+    [k], their scored tokens: the same on every process. The last batch is filled up with empty rows. `get_state` is a
+    small JSON-able dict, the same in every process and for every number of processes; after `set_state` the next batch
+    is exactly the one that would have come.
     """
-    if batch_rows % process_count:
-        raise DataError(f"a batch of {batch_rows} rows does not divide among {process_count} processes")
-    part = _ProcessBatches(rows, batch_rows, process_index, process_count)
+    own = np.arange(batch_rows) if own is None else own
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    return iter(grain.MapDataset.source(part).to_iter_dataset(options))
+    return iter(grain.MapDataset.source(_ProcessBatches(rows, batch_rows, own)).to_iter_dataset(options))
 
 
 class _ProcessBatches:
     """Random access to one process's part of every global batch: the source of the grain pipeline."""
 
-    def __init__(self, rows: TrainingRows, batch_rows: int, process_index: int, process_count: int) -> None:
-        self._rows, self._batch_rows = rows, batch_rows
-        size = batch_rows // process_count
-        self._own = np.arange(process_index * size, (process_index + 1) * size)
+    def __init__(self, rows: TrainingRows, batch_rows: int, own: np.ndarray) -> None:
+        self._rows, self._batch_rows, self._own = rows, batch_rows, own
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self._batch_rows)
 
     def __getitem__(self, step: int) -> Batch:
-        return self._rows.batch(step * self._batch_rows + self._own)
+        first = step * self._batch_rows
+        examples, counts = self._rows.examples(np.arange(first, first + self._batch_rows))
+        return self._rows.batch(first + self._own) | {"examples": examples, "counts": counts}
 
 
 def one_batch(encoded: Encoded, *, row_length: int, packed: bool, multiple: int) -> tuple[Batch, np.ndarray]:

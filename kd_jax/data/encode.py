@@ -334,7 +334,7 @@ def _encode_pairs(
         tokens,
         offsets,
         segment,
-        *_measure(texts),
+        *measure(texts),
         counts={
             "dropped_long_prompt": int(long.sum()) if drop_long else 0,
             "cut_prompt": 0 if drop_long else int(long.sum()),
@@ -376,7 +376,7 @@ def _encode_texts(
         tokens,
         offsets,
         segment,
-        *_measure(tokenizer.decode_batch(scored)),
+        *measure(tokenizer.decode_batch(scored)),
         counts={
             "dropped_long_prompt": 0,
             "cut_prompt": 0,
@@ -387,7 +387,7 @@ def _encode_texts(
     )
 
 
-def _measure(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def measure(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     data = [text.encode() for text in texts]
     sizes = (map(len, data), (len(zlib.compress(text, 6)) for text in data))
     n_bytes, zlib_bytes = (np.fromiter(size, np.int32, len(data)) for size in sizes)

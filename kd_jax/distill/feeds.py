@@ -49,6 +49,12 @@ class Shapes:
     row_length: int
     max_length: int  # tokens of an example
     packed: bool
+    slots: np.ndarray | None = None  # which rows of a micro-batch lie on devices of this process; None: all
+
+    @property
+    def held(self) -> int:
+        """Rows of a micro-batch that this process holds."""
+        return self.micro_rows if self.slots is None else len(self.slots)
 
 
 Sampler = Callable[..., Samples]
@@ -66,10 +72,10 @@ class DataFeed:
     def next(self, step: int, model, teacher) -> tuple[Batch, Used]:
         """The batch of optimiser step `step` (from 1), and what is in it."""
         batch = next(self.iterator)
-        examples, tokens = examples_of(batch)
-        used = Used(examples, np.full(len(examples), self.source), np.full(len(examples), step), tokens)
+        n = len(batch["examples"])
+        used = Used(batch["examples"], np.full(n, self.source), np.full(n, step), batch["counts"])
         cached = self.cache.batch(batch) if self.cache is not None else {}
-        return split_rows(batch | {"ce_mask": batch["loss_mask"]} | cached, self.shapes.micro_rows), used
+        return split_rows(batch | {"ce_mask": batch["loss_mask"]} | cached, self.shapes.held), used
 
     def evaluated(self, dev_loss: float) -> None:
         """Called before training and at every evaluation; only an adaptive policy cares."""
@@ -105,6 +111,11 @@ class SamplingFeed(DataFeed):
         self.near_ties += int(np.sum(found.near_ties))
         return join(tokens, lengths, found, examples, source, step, self.shapes.max_length)
 
+    def _own(self, batch: Batch) -> Batch:
+        """Of a batch that every process has laid out as a whole, the rows of this one's devices."""
+        whole, slots = split_rows(batch, self.shapes.micro_rows), self.shapes.slots
+        return whole if slots is None else {k: v[:, slots] for k, v in whole.items()}
+
 
 class SampledFeed(SamplingFeed):
     """Policies `mix`, `mix_replay`, `adaptive`: steps on student samples, replayed ones, or the data."""
@@ -126,7 +137,7 @@ class SampledFeed(SamplingFeed):
         self.branches[branch] += 1
         if branch == policies.DATA:
             return super().next(step, model, teacher)
-        examples, _ = examples_of(next(self.iterator))
+        examples = next(self.iterator)["examples"]
         rows = None
         if branch == policies.FRESH or self.objective.policy == "mix_replay":
             rows = self._draw(examples, model, None, step, STUDENT)
@@ -136,7 +147,7 @@ class SampledFeed(SamplingFeed):
             rows = self.buffer.draw(len(examples), np.random.default_rng([self.seed, step, 2]))
         batch, _ = _lay_out(rows, self.shapes)
         batch["ce_mask"] = np.zeros_like(batch["loss_mask"])
-        return split_rows(batch, self.shapes.micro_rows), _used(rows)
+        return self._own(batch), _used(rows)
 
     def evaluated(self, dev_loss: float) -> None:
         if self._first:
@@ -198,7 +209,7 @@ class RolloutFeed(SamplingFeed):
         for name, values in self.values.items():
             extra[name][batch["loss_mask"]] = values.reshape(-1)[flat]
         extra["ce_mask"] = np.zeros_like(batch["loss_mask"])
-        return split_rows(batch | extra, self.shapes.micro_rows), _used(rows)
+        return self._own(batch | extra), _used(rows)
 
     def _collect(self, step: int, model, teacher) -> None:
         """As many batches of prompts as make `rollouts` samples, sampled and measured."""
@@ -206,7 +217,7 @@ class RolloutFeed(SamplingFeed):
         while sum(map(len, batches)) < self.objective.rollouts:
             if (batch := next(self.iterator, None)) is None:  # the last set of a run may be smaller
                 break
-            batches.append(examples_of(batch)[0])
+            batches.append(batch["examples"])
         examples = np.concatenate(batches)
         rows = self._draw(examples, model, teacher, step, MIXED)
         self.n, self.parts, self.done, self.sets = len(rows), len(batches), 0, self.sets + 1
@@ -281,15 +292,6 @@ def _scored(rows: Sequences) -> np.ndarray:
 
 def _used(rows: Sequences) -> Used:
     return Used(rows.example, rows.source, rows.created, _scored(rows))
-
-
-def examples_of(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """Examples of a batch in its order (an example may come twice), and the scored tokens of each."""
-    where = batch["example"] >= 0
-    first = where & (batch["positions"] == 0)
-    owner = np.cumsum(first.reshape(-1)) - 1
-    counts = np.bincount(owner[batch["loss_mask"].reshape(-1)], minlength=int(first.sum()))
-    return batch["example"][first].astype(np.int64), counts
 
 
 def split_rows(batch: Batch, micro_rows: int) -> Batch:

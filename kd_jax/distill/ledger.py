@@ -7,15 +7,15 @@ from a member's prompt is visible here although the member's own response was ne
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
+from kd_jax import processes, storage
 from kd_jax.data.batches import Batch
-from kd_jax.distill.feeds import Used, examples_of
+from kd_jax.distill.feeds import Used
 from kd_jax.distill.objective import Objective
 from kd_jax.distill.policies import DATASET, LM_CORPUS, SOURCES, STUDENT, TEACHER
+from kd_jax.storage import Path
 
 STEP_COLUMNS = {"step": np.int32, "example": np.int32, "source": np.int8, "created": np.int32, "tokens": np.int32}
 
@@ -25,8 +25,11 @@ class Ledger:
 
     def __init__(self, folder: Path, *, step: int) -> None:
         self._folder, self._rows = folder, []
-        folder.mkdir(parents=True, exist_ok=True)
-        for shard in folder.glob("*.parquet"):
+        processes.once(lambda: self._drop(step), f"ledger {folder} from {step}")
+
+    def _drop(self, step: int) -> None:
+        """Shards of steps that a resumed run takes again."""
+        for shard in self._folder.glob("*.parquet"):
             if int(shard.stem) > step:
                 shard.unlink()
 
@@ -34,17 +37,19 @@ class Ledger:
         self._rows.append((np.full(len(used.example), step), used.example, used.source, used.created, used.tokens))
 
     def add_plain(self, step: int, batch: Batch) -> None:
-        example, tokens = examples_of(batch)
-        self.add(step, Used(example, np.full(len(example), LM_CORPUS), np.full(len(example), step), tokens))
+        n = len(batch["examples"])
+        self.add(step, Used(batch["examples"], np.full(n, LM_CORPUS), np.full(n, step), batch["counts"]))
 
     def write(self, step: int) -> None:
         """Write the rows since the last shard; `step` is the checkpoint that they belong to."""
+        processes.once(lambda: self._write(step), f"ledger {self._folder} at {step}")
+        self._rows = []
+
+    def _write(self, step: int) -> None:
         columns = [np.concatenate(c) for c in zip(*self._rows)] if self._rows else [[] for _ in STEP_COLUMNS]
         frame = pd.DataFrame({name: np.asarray(c, dtype) for (name, dtype), c in zip(STEP_COLUMNS.items(), columns)})
         path = self._folder / f"{step:08d}.parquet"
-        frame.to_parquet(path.with_name(f".{path.name}.tmp"), index=False)
-        path.with_name(f".{path.name}.tmp").replace(path)
-        self._rows = []
+        storage.write_bytes(path, frame.to_parquet(index=False))
 
 
 def terms(objective: Objective, source: int, has_teacher: bool) -> str:
@@ -67,7 +72,8 @@ def summarize(folder: Path, objective: Objective, has_teacher: bool, records: np
     records, plain: ids of the run's records, and of its plain-text windows. Returns a frame with columns example_id,
     loss, source, replayed, times, tokens, mean_age and max_age (optimiser steps), first_step, last_step.
     """
-    rows = pd.concat([pd.read_parquet(p) for p in sorted(folder.glob("*.parquet"))], ignore_index=True)
+    shards = [storage.readable(path) for path in sorted(folder.glob("*.parquet"))]
+    rows = pd.concat(map(pd.read_parquet, shards), ignore_index=True)
     rows["age"] = rows.step - rows.created
     rows["replayed"] = (rows.age > 0) & (rows.source == STUDENT)  # later passes over a rollout are no replay
     is_plain = rows.source == LM_CORPUS

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kd_jax import manifest
+from kd_jax import manifest, processes, storage
 from kd_jax.data.encode import Encoded, prompts, ragged, sample_keys
 from kd_jax.distill.feeds import Sampler, as_encoded, join
 from kd_jax.distill.policies import TEACHER, Sequences
 from kd_jax.metrics import progress
-from kd_jax.score import write_table
+from kd_jax.storage import Path
 
 
 def generate_text(
@@ -52,15 +51,17 @@ def generate_text(
         for shard, start in enumerate(range(0, len(whole), shard_examples)):
             path = folder / f"text-{shard:05d}.parquet"
             examples = np.arange(start, min(start + shard_examples, len(whole)))
-            if not path.exists():
-                made = _generate(whole, examples, sample, teacher, prefix, max_length, seed)
-                write_table(path, _table(*made, whole.example_id[examples]), {"source": label})
+            if not processes.agree(path.exists()):
+                rows, near_ties = _generate(whole, examples, sample, teacher, prefix, max_length, seed)
+                made = _table(rows, near_ties, whole.example_id[examples])
+                processes.once(lambda: storage.write_parquet(path, made, {"source": label}), f"{path}")  # noqa: B023
             shards.append(_read(path, examples, max_length))
             bar.update(len(examples))
     columns = [np.concatenate([getattr(s, f.name) for s in shards]) for f in dataclasses.fields(Sequences)]
     rows = Sequences(*columns)
     if not done:
-        near = sum(pc.sum(pq.read_table(p, columns=["near_ties"])[0]).as_py() for p in folder.glob("text-*.parquet"))
+        tables = (pq.read_table(storage.readable(p), columns=["near_ties"]) for p in folder.glob("text-*.parquet"))
+        near = sum(pc.sum(table[0]).as_py() for table in tables)
         facts = {
             "examples": len(rows),
             "tokens": int((rows.length - rows.prompt).sum()),
@@ -94,7 +95,7 @@ def _table(rows: Sequences, near_ties: np.ndarray, ids: np.ndarray) -> pa.Table:
 
 
 def _read(path: Path, examples: np.ndarray, max_length: int) -> Sequences:
-    table = pq.read_table(path)
+    table = pq.read_table(storage.readable(path))
     rows = Sequences.empty(table.num_rows, max_length)
     tokens = table["tokens"].combine_chunks()
     rows.length[:] = tokens.value_lengths().to_numpy()

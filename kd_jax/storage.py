@@ -1,0 +1,202 @@
+"""Where the work directory is: a folder of this machine, or of a bucket (`gs://bucket/folder`).
+
+A local path is a `pathlib.Path`. One on Google Cloud Storage is an `etils.epath.Path`: the same methods, by way of
+fsspec and gcsfs; orbax, tensorstore and tensorboardX take its text. Here is what the two have not in common. Every file
+is written whole or not at all, for its owner alone: locally under a temporary name, mode 0600, then renamed; in a
+bucket as one upload, which nobody sees before it is complete (who may read it there is a setting of the bucket). A
+bucket needs no folders, its objects cannot grow, and nothing of it can be mapped into memory.
+
+Credentials are the libraries' own: application default credentials, or the service account of the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pathlib
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from typing import BinaryIO
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+from kd_jax.errors import ConfigError
+
+Path = pathlib.Path | epath.Path
+SCHEME = "gs://"
+
+
+def as_path(place: str | Path) -> Path:
+    """The path that a user names. Raises ConfigError for other object stores than gs://, or if gcsfs is missing."""
+    text = str(place)
+    if "://" not in text:
+        return pathlib.Path(text)
+    if not text.startswith(SCHEME) or not text.removeprefix(SCHEME).strip("/"):
+        raise ConfigError(f"{text}: a work directory is a local folder or {SCHEME}bucket/folder")
+    try:
+        fsspec.get_filesystem_class("gs")
+    except ImportError as error:
+        raise ConfigError(f"{text} needs the package gcsfs: pip install -r requirements-tpu.txt") from error
+    # Lists of files must be those of now: other processes write here too, and tensorstore does.
+    fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+    return epath.Path(text)
+
+
+def is_local(path: str | Path) -> bool:
+    """Is this a path of the machine's own file system?"""
+    return not str(path).startswith(SCHEME)
+
+
+def check(folder: Path) -> None:
+    """Write and delete a file in a bucket's folder. Raises ConfigError if that fails: nothing else would work."""
+    if is_local(folder):
+        return
+    mark = str(folder / f".write-test-{uuid.uuid4().hex}")
+    try:
+        _bucket().pipe_file(mark, b"x")
+        _bucket().rm_file(mark)
+    except Exception as error:  # of three client libraries, each with its own
+        raise ConfigError(
+            f"{folder} cannot be written ({type(error).__name__}: {error}): does the bucket exist, and may this "
+            "account create and delete its objects? Without a service account: gcloud auth application-default login"
+        ) from error
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Free space where `folder` is or will be; None in a bucket, which has no limit to measure."""
+    if not is_local(folder):
+        return None
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+# --------------------------------------------------------------------------------------------------- single files
+
+
+@contextlib.contextmanager
+def create(path: Path) -> Iterator[BinaryIO]:
+    """A handle to write the file `path` with, and its folders; the file is there after the block, if nothing failed."""
+    if not is_local(path):
+        buffer = io.BytesIO()
+        yield buffer
+        _bucket().pipe_file(str(path), buffer.getvalue())
+        return
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as handle:
+        yield handle
+        handle.flush()
+        os.fsync(handle.fileno())  # before the name says that it is whole
+    os.replace(temporary, path)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with create(path) as handle:
+        handle.write(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    write_bytes(path, content.encode())
+
+
+def write_parquet(path: Path, rows: pa.Table, metadata: Mapping[str, str]) -> None:
+    """Write Parquet (zstd); `metadata` says what the table is."""
+    with create(path) as handle:
+        pq.write_table(rows.replace_schema_metadata(metadata), handle, compression="zstd")
+
+
+def readable(path: Path) -> pathlib.Path | io.BytesIO:
+    """What pandas and pyarrow can read a whole file from: they would open a bucket by clients of their own."""
+    return path if is_local(path) else io.BytesIO(path.read_bytes())
+
+
+class Log:
+    """A text file that grows line by line, begun with `lines`.
+
+    In a bucket the whole text is uploaded with each line: for logs of some hundred lines.
+    """
+
+    def __init__(self, path: Path, lines: Iterable[str] = ()) -> None:
+        self._path, self._text = path, "".join(f"{line}\n" for line in lines)
+        write_text(path, self._text)
+        self._handle = path.open("a") if is_local(path) else None
+
+    def add(self, line: str) -> None:
+        if self._handle is None:
+            self._text += f"{line}\n"
+            write_text(self._path, self._text)
+        else:
+            self._handle.write(f"{line}\n")
+            self._handle.flush()
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.close()
+
+
+# -------------------------------------------------------------------------------------------------- files and folders
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file within the machine or within buckets, over one that is there."""
+    if is_local(target):
+        shutil.copy(source, target)
+    else:
+        _bucket().copy([str(source)], [str(target)])
+
+
+def copytree(source: Path, target: Path) -> None:
+    """Copy a folder's files into another within the machine or within buckets, over those that are there."""
+    if is_local(target):
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    else:
+        names = _names(source)
+        _bucket().copy([f"{source}/{name}" for name in names], [f"{target}/{name}" for name in names])
+
+
+def rmtree(folder: Path) -> None:
+    """Delete a folder; nothing to do where there is none."""
+    if is_local(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            _bucket().rm(str(folder), recursive=True)
+
+
+@contextlib.contextmanager
+def local_copy(folder: Path, *, write: bool = False) -> Iterator[pathlib.Path]:
+    """`folder` for programs that know local files alone: itself if it is local, else a temporary copy for the block.
+
+    With `write`, what the block leaves in the copy replaces the bucket's folder at the end, if nothing failed.
+    """
+    if is_local(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as name:  # mode 0700
+        place, before = pathlib.Path(name), _names(folder)
+        _bucket().get([f"{folder}/{n}" for n in before], [str(place / n) for n in before])
+        yield place
+        if write:
+            after = [p.relative_to(place).as_posix() for p in sorted(place.rglob("*")) if p.is_file()]
+            _bucket().put([str(place / n) for n in after], [f"{folder}/{n}" for n in after])
+            for gone in sorted(set(before) - set(after)):
+                _bucket().rm_file(f"{folder}/{gone}")
+
+
+def _bucket() -> fsspec.AbstractFileSystem:
+    return fsspec.filesystem("gs")
+
+
+def _names(folder: Path) -> list[str]:
+    """Files below a bucket's folder, relative to it."""
+    bucket = _bucket()
+    root = bucket._strip_protocol(str(folder)) + "/"  # as its lists have it
+    return [name.removeprefix(root) for name in bucket.find(str(folder))]

@@ -1,0 +1,222 @@
+"""The score stage: every table that the audit reads, each written once under the work directory.
+
+scores/<run>/seed<k>/plain/          score tables of a run, and manifest.json; ledger.parquet beside them
+scores/<run>/seed<k>/<variant>/      the same of other texts (`kd_jax/variants.py`), or of a checkpoint (step-<n>)
+scores/<run>/seed<k>/generated/      ROUGE of the run's answers, per example
+scores/pairs/<a>__<b>/seed<k>/       a teacher and its student, token by token
+scores/text/                         what text-only classifiers need
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+
+import jax
+import numpy as np
+
+from kd_jax import checkpoint, manifest, pairs, prepare, processes, storage, utility, variants
+from kd_jax import score as scoring
+from kd_jax.data import encode
+from kd_jax.data.encode import Encoded
+from kd_jax.graph import Run
+from kd_jax.metrics import progress
+from kd_jax.study import (
+    Study,
+    answer_set,
+    code_version,
+    load_run,
+    objective_of,
+    recipe_of,
+    sampling_spec,
+    scoring_spec,
+)
+from kd_jax.transformer import Transformer
+
+log = logging.getLogger(__name__)
+
+# Facts of a run's manifest that its score tables carry on to the audit.
+TRAINING = (
+    *("lr", "grid", "lr_from", "select", "selected_step", "steps", "response_tokens", "sources"),
+    *("branches", "phi", "warnings", "fidelity"),
+)
+
+
+def score_runs(study: Study) -> None:
+    """Score every run on every scored role, and write the text tables."""
+    if processes.first():
+        prepare.write_text_tables(study.data, study.workdir / "scores" / "text")
+    s = study.config.score
+    roles = {r: study.data.of_role(r) for r in s.roles}
+    roles = {r: e for r, e in roles.items() if len(e)}
+    couples = pairs.chosen(tuple(s.pairs), study.runs)
+    for run, seed in study.nodes:
+        for variant in ("plain", *s.variants):
+            _score(study, run, seed, roles, variant)
+        for step in _kept(study, run, seed):
+            _score(study, run, seed, roles, f"step-{step}")
+        if study.config.utility.seeds:
+            _answer(study, run, seed)
+    for a, b in couples:
+        for seed in study.runs[b].seeds if study.only in ("", b) else ():
+            _score_pair(study, study.runs[a], study.runs[b], seed, roles)
+    if study.config.report.show_canaries and not study.only:
+        _show_canaries(study)
+
+
+def _trained(study: Study, run: Run, seed: int) -> tuple[dict | None, object]:
+    """A run's manifest (None for a base as loaded), and what identifies its parameters."""
+    trained = manifest.read(study.folder(run, seed)) if run.train_roles else None
+    base = study.config.models[run.model]
+    loaded = base.to_dict() | {"files": manifest.stamp(base.path)}
+    return trained, trained["facts"]["params_fingerprint"] if trained else loaded
+
+
+def _kept(study: Study, run: Run, seed: int) -> list[int]:
+    """Steps of a run whose parameters were kept for scoring."""
+    trained, _ = _trained(study, run, seed)
+    return trained["facts"]["trajectory"] if trained and study.config.score.trajectory else []
+
+
+def _inputs(study: Study, roles: dict[str, Encoded], **own) -> dict:
+    scored = dict(scoring=dataclasses.asdict(scoring_spec(study)), roles=sorted(roles), seed=study.config.seed)
+    return own | scored | study.data.fingerprints()
+
+
+def _score(study: Study, run: Run, seed: int, roles: dict[str, Encoded], variant: str) -> None:
+    """Score tables of a run: `plain`, a variant of the texts, or `step-<n>`, of an earlier checkpoint."""
+    folder = study.folder(run, seed, "scores") / variant
+    trained, source = _trained(study, run, seed)
+    what = f"{run.name} seed {seed}" + ("" if variant == "plain" else f", {variant}")
+    other_half = variant.startswith("recall") and _trained_on_heldout(study, run)
+    inputs = _inputs(study, roles, model=source, **({"other_half": True} if other_half else {}))
+    if manifest.begin(folder, inputs, f"scores of {what}"):
+        log.info("%s: scored before", what)
+        return
+    kept = study.folder(run, seed) / "trajectory" / variant if variant.startswith("step-") else None
+    model, spec = load_run(study, run.name, seed, kept), scoring_spec(study)
+    facts = dict(params_fingerprint=checkpoint.fingerprint(model), code_version=code_version())
+    metadata = _metadata(study, run, seed, model, facts, trained, spec) | {"variant": variant}
+    if kept:
+        metadata["step"] = variant.removeprefix("step-")
+    with progress(sum(map(len, roles.values())), f"score {what}", unit="example") as bar:
+        for role, encoded in roles.items():
+            if variant in variants.NAMES:
+                settings = dict(seed=study.config.seed, max_positions=model.cfg.max_positions, swapped=other_half)
+                encoded, facts[role] = variants.build(variant, study.data, encoded, **settings)
+                spec = dataclasses.replace(spec, row_length=max(spec.row_length, int(encoded.lengths.max())))
+            scoring.score_role(model, encoded, role, folder, spec, study.mesh, metadata, bar)
+    if trained and variant == "plain" and processes.first():
+        storage.copy(study.folder(run, seed) / "ledger.parquet", folder.parent / "ledger.parquet")
+    manifest.end(folder, inputs, facts)
+
+
+def _trained_on_heldout(study: Study, run: Run) -> bool:
+    """Are a run's members those of the swap, so that the halves of `calib` change sides?"""
+    return "heldout" in {*run.train_roles, *(study.runs[run.teacher].train_roles if run.teacher else ())}
+
+
+def _score_pair(study: Study, a: Run, b: Run, seed: int, roles: dict[str, Encoded]) -> None:
+    """Compare run a (the teacher) and run b (the student) on every role."""
+    seed_a, spec = a.seed_for(seed), scoring_spec(study)
+    folder = pairs.folder_of(study.workdir / "scores", a.name, b.name, seed)
+    temperature = objective_of(study.config, b).student_T
+    trained, source = _trained(study, b, seed)
+    inputs = _inputs(study, roles, models=[_trained(study, a, seed_a)[1], source], temperature=temperature)
+    if manifest.begin(folder, inputs, f"pair {a.name} and {b.name} seed {seed}"):
+        return
+    models = load_run(study, a.name, seed_a), load_run(study, b.name, seed)
+    facts = dict(params_fingerprint=checkpoint.fingerprint(models[1]), code_version=code_version())
+    plain = _metadata(study, b, seed, models[1], facts, trained, spec)
+    metadata = pairs.describe(plain, a.name, seed_a, temperature)
+    with progress(sum(map(len, roles.values())), f"pair {a.name} {b.name} seed {seed}", unit="example") as bar:
+        for role, encoded in roles.items():
+            place = (folder, spec, study.mesh, metadata, bar)
+            pairs.score_pair_role(*models, encoded, role, *place, temperature=temperature)
+    manifest.end(folder, inputs, facts)
+
+
+def _answer(study: Study, run: Run, seed: int) -> None:
+    """ROUGE of a run's answers on every set that `config.utility` names."""
+    folder, u = study.folder(run, seed, "scores") / "generated", study.config.utility
+    trained, source = _trained(study, run, seed)
+    inputs = dict(model=source, utility=u.to_dict(), seed=study.config.seed, **study.data.fingerprints())
+    inputs["files"] = {name: manifest.stamp(path) for name, path in u.files.items()}
+    if manifest.begin(folder, inputs, f"answers of {run.name} seed {seed}"):
+        return
+    model = load_run(study, run.name, seed)
+    facts = dict(params_fingerprint=checkpoint.fingerprint(model), code_version=code_version())
+    metadata = _metadata(study, run, seed, model, facts, trained, scoring_spec(study))
+    sets = [*u.roles, *u.files]
+    with progress(len(sets), f"answer {run.name} seed{seed}", unit="set") as bar:
+        for name in sets:
+            found = answer_set(study, model, name, seeds=tuple(u.seeds), limit=u.examples)
+            facts[name] = utility.means(found) | {"near_ties": found.attrs["near_ties"]}
+            if processes.first():
+                utility.write(found, folder / f"{name}.parquet", metadata)
+            bar.update()
+    manifest.end(folder, inputs, facts | {"sampling": dataclasses.asdict(sampling_spec(study))})
+
+
+def _metadata(study: Study, run: Run, seed: int, model: Transformer, facts: dict, trained: dict | None, spec):
+    """Parquet metadata: what the table is, so that no program parses paths."""
+    provenance = dict(
+        technique=run.technique,
+        setting=run.setting,
+        train_roles=list(run.train_roles),
+        teacher=run.teacher or None,
+        init=run.init or None,
+        recipe=recipe_of(study.config, run).name if run.recipe else None,
+        swap_of=run.swap_of or None,
+        n_params=sum(int(x.size) for x in jax.tree.leaves(model)),
+        tokenizer_fingerprint=study.data.tokenizer.fingerprint,
+        splits_fingerprint=prepare.splits_fingerprint(study.data.splits),
+        dtype="float32",
+        matmul_precision=spec.precision,
+        bos=study.config.data.bos,
+        **facts,
+    )
+    if trained:
+        provenance["objective"] = objective_of(study.config, run).distinctive()
+        provenance["training"] = {k: trained["facts"][k] for k in TRAINING if k in trained["facts"]}
+    step = trained["facts"]["step"] if trained else 0
+    known = dict(run=run.name, seed=seed, split_seed=study.config.seed, step=step, variant="plain")
+    return {k: str(v) for k, v in known.items()} | {"provenance": json.dumps(provenance)}
+
+
+def _show_canaries(study: Study) -> None:
+    """What models make of the invented canaries that went to the teacher alone; the report chooses which it prints.
+
+    The guess is each model's most probable token at every position of the true response (teacher-forced).
+    """
+    splits = study.data.splits
+    inserted = splits[(splits.role == "canary") & (splits.coin == 1) & (splits.placement == "teacher_only")]
+    if inserted.empty:
+        return
+    encoded = study.data.encoded.select(inserted.example_id)
+    frame = study.data.frame.set_index("example_id")
+    rows = [
+        dict(
+            example_id=r.example_id,
+            prompt=frame.instruction[r.example_id],
+            response=frame.response[r.example_id],
+            repeats=int(r.repeats),
+            placement=r.placement,
+            coin=int(r.coin),
+            models={},
+        )
+        for r in inserted.itertuples()
+    ]
+    for name in ("teacher", study.config.attack.headline, "null"):
+        if name not in study.runs:
+            continue
+        model = load_run(study, name, study.runs[name].seeds[0])
+        counts, fields = scoring.score(model, encoded, np.arange(len(rows)), scoring_spec(study), study.mesh)
+        ends = np.cumsum(counts)
+        for row, start, end in zip(rows, ends - counts, ends):
+            response = fields["segment"][start:end] == encode.RESPONSE
+            guess = study.data.tokenizer.decode(fields["top1_id"][start:end][response].tolist())
+            row["models"][name] = dict(guess=guess, mean_logp=float(fields["logp"][start:end].mean()))
+    if processes.first():
+        storage.write_text(study.workdir / "scores" / "text" / "canaries.json", json.dumps(rows, indent=1))

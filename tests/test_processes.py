@@ -1,0 +1,191 @@
+"""The same study on 1 process with 4 devices, on 2 with 2 and on 4 with 1: real processes, collectives on loopback."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from kd_jax import processes
+from kd_jax.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+# A teacher, and students that train on data, on teacher text and on rollouts of their own.
+STUDY = """
+from configs import quickstart
+
+RUNS = ("base_teacher", "base_student", "init_student", "teacher", "students/kd", "students/seqkd", "students/minillm")
+
+
+def get_config():
+    config = quickstart.get_config("tiny,all")
+    for name in set(config.runs) - set(RUNS):
+        del config.runs[name]
+    config.data.synthetic.records = 450
+    config.recipes.matched.update(steps=4, checkpoints=2, evaluations=2, accumulation=2)
+    for name in ("seqkd", "minillm"):
+        config.objectives[name].max_new_tokens = 4
+    config.objectives.minillm.rollouts = 16
+    config.probe.examples = 16
+    config.utility.update(seeds=(10,), examples=4, max_new_tokens=4)
+    config.score.roles = ("private", "heldout")
+    return config
+"""
+# Every axis is split at least once, and each crosses processes somewhere.
+MESHES = {1: (2, 2, 1), 2: (1, 2, 2), 4: (2, 1, 2)}  # processes -> data, fsdp, tensor
+RUNS = ("init_student", "teacher", "students/kd", "students/seqkd", "students/minillm")
+
+
+def launch(workdir: Path, count: int, mesh: tuple[int, int, int]) -> None:
+    """Train and score with `count` processes that hold four devices together; fails with what they said."""
+    config = workdir.parent / "study.py"
+    config.write_text(STUDY)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiling is the cost here
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count} {quick}",
+    }
+    command = [sys.executable, "main.py", f"--config={config}", f"--workdir={workdir}", "--stages=train,score"]
+    command += [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh)]
+    joined = [f"--coordinator=127.0.0.1:{port}", f"--processes={count}"] if count > 1 else []
+    logs = [(workdir.parent / f"{workdir.name}-{i}.log") for i in range(count)]
+    started = [
+        subprocess.Popen(
+            [*command, *joined, *([f"--process={i}"] if joined else [])],
+            cwd=ROOT, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT,
+        )
+        for i, log in enumerate(logs)
+    ]  # fmt: skip
+    try:
+        codes = [process.wait(timeout=900) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert codes == [0] * count, "\n".join(log.read_text()[-2000:] for log in logs)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("processes") / "one"
+    launch(workdir, 1, MESHES[1])
+    return workdir
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def several(request, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("processes") / "several"
+    launch(workdir, request.param, MESHES[request.param])
+    return workdir
+
+
+def parameters(workdir: Path, run: str) -> dict[str, np.ndarray]:
+    folder, here = str(workdir / "runs" / run / "seed0" / "params"), SingleDeviceSharding(jax.devices()[0])
+    found = ocp.metadata(folder).metadata
+    wanted = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here) for name, x in found.items()}
+    return {name: np.asarray(x) for name, x in ocp.load(folder, wanted).items()}
+
+
+def distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+    """Relative 2-norm. Single elements differ more: Adam makes a step as long as any other of a gradient near 0."""
+    assert a.keys() == b.keys()
+    return float(np.sqrt(sum(((a[k] - b[k]) ** 2).sum() for k in a) / sum((a[k] ** 2).sum() for k in a)))
+
+
+def metrics(workdir: Path, run: str) -> list[dict]:
+    lines = (workdir / "runs" / run / "seed0" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_processes_and_meshes_change_nothing_but_rounding(one, several, check):
+    worst = {"losses": 0.0, "gradient norms": 0.0, "parameters": 0.0}
+    for run in RUNS:
+        left, right = metrics(one, run), metrics(several, run)
+        assert [row["step"] for row in left] == [row["step"] for row in right] and len(left) >= 4
+        for a, b in zip(left, right):
+            assert set(a) == set(b)
+            for key in set(a) & {"train/loss", "train/ce", "train/kd", "train/policy", "eval/dev_loss"}:
+                worst["losses"] = max(worst["losses"], abs(a[key] - b[key]))
+            if "train/gradient_norm" in a:
+                gap = abs(a["train/gradient_norm"] / b["train/gradient_norm"] - 1)
+                worst["gradient norms"] = max(worst["gradient norms"], gap)
+        worst["parameters"] = max(worst["parameters"], distance(parameters(one, run), parameters(several, run)))
+    check("processes: losses", worst["losses"], 2e-5)
+    check("processes: gradient norms, relative", worst["gradient norms"], 1e-4)
+    check("processes: parameters, relative norm", worst["parameters"], 5e-5)
+
+
+def test_roles_ids_counts_and_scores(one, several, check):
+    pd.testing.assert_frame_equal(pd.read_parquet(one / "splits.parquet"), pd.read_parquet(several / "splits.parquet"))
+    tables = sorted(path.relative_to(one) for path in one.glob("scores/**/plain/*.parquet"))
+    assert len(tables) == 7 * 2
+    assert tables == sorted(path.relative_to(several) for path in several.glob("scores/**/plain/*.parquet"))
+    worst = 0.0
+    for table in tables:
+        a, b = (pd.read_parquet(root / table) for root in (one, several))
+        exact = ["example_id", "role", "task", "n_tokens", "n_bytes", "zlib_bytes"]
+        pd.testing.assert_frame_equal(a[exact], b[exact])
+        np.testing.assert_array_equal(np.concatenate(a.target_id), np.concatenate(b.target_id))
+        for name in ("logp", "entropy", "logp_std"):
+            worst = max(worst, float(np.abs(np.concatenate(a[name]) - np.concatenate(b[name])).max()))
+    check("processes: score tables", worst, 5e-5)
+
+
+def test_ledgers_teacher_text_and_answers(one, several):
+    for run in RUNS:
+        ledgers = [pd.read_parquet(root / "runs" / run / "seed0" / "ledger.parquet") for root in (one, several)]
+        pd.testing.assert_frame_equal(*ledgers)
+    texts = [pd.concat(map(pd.read_parquet, sorted(root.glob("generated/**/*.parquet")))) for root in (one, several)]
+    assert len(texts[0]) > 50 and texts[0].example_id.tolist() == texts[1].example_id.tolist()
+    same = [np.array_equal(a, b) for a, b in zip(texts[0].tokens, texts[1].tokens)]
+    assert np.all(np.array(same) | (texts[0].near_ties.to_numpy() > 0)), "another text where no draw was a near tie"
+    answers = [pd.read_parquet(root / "scores/students/kd/seed0/generated/dev.parquet") for root in (one, several)]
+    pd.testing.assert_frame_equal(answers[0][["example_id", "seed"]], answers[1][["example_id", "seed"]])
+
+
+def test_a_checkpoint_of_one_mesh_goes_on_on_another(one, tmp_path, check):
+    workdir = tmp_path / "resumed"
+    shutil.copytree(one, workdir)
+    shutil.rmtree(workdir / "scores")
+    for run in ("students/kd", "students/minillm"):
+        folder = workdir / "runs" / run / "seed0"
+        steps = sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+        assert steps == [2, 4]
+        shutil.rmtree(folder / "checkpoints" / "4")
+        shutil.rmtree(folder / "params")
+        (folder / "manifest.json").unlink()
+    launch(workdir, 2, (1, 4, 1))
+    worst = 0.0
+    for run in ("students/kd", "students/minillm"):
+        assert [row["step"] for row in metrics(workdir, run)] == [row["step"] for row in metrics(one, run)]
+        worst = max(worst, distance(parameters(one, run), parameters(workdir, run)))
+    check("processes: resumed on another mesh, parameters, relative norm", worst, 1e-5)
+
+
+def test_joining_needs_all_three_numbers(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    processes.initialize()  # alone: nothing happens
+    for count, index in ((0, 0), (2, 2), (2, -1)):
+        with pytest.raises(ConfigError, match="--processes above 0 and --process from 0"):
+            processes.initialize("127.0.0.1:1", count, index)
+
+
+def test_with_one_process_nothing_is_waited_for(tmp_path):
+    done = []
+    processes.once(lambda: done.append(1), "alone")
+    assert done == [1] and processes.first() and processes.turn(3) and processes.agree({"a": [1]}) == {"a": [1]}
+    processes.check_shared(tmp_path / "new")
+    assert processes.leave()
+    np.testing.assert_array_equal(processes.to_host(np.arange(3)), [0, 1, 2])

@@ -1,0 +1,1 @@
+"""Launchers: shell scripts, and `python -m launch.gke`."""

@@ -1,0 +1,1 @@
+"""JobSet manifests for TPU slices on Google Kubernetes Engine."""

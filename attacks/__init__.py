@@ -1,8 +1,11 @@
 """Membership attacks and their statistics on score tables: NumPy only, no model, no accelerator.
 
     tables       read score tables                      statistics  AUC, DeLong, TPR at fixed FPR, resampling
-    membership   the attacks                            blind       classifiers that see the text alone
-    study        scores of all models, by role pair     rows        membership.csv, roc.parquet
+    membership   the table of all attacks, their ids    signals     attacks on one pass of one model
+    camia        signals along the text                 against_reference, changed_text, fitted, twohop, trajectory
+    scoring      runs the attacks on the tables         study       scores of all models, by role pair
+    blind        classifiers that see the text alone    rows        membership.csv, roc.parquet
+    exposure     exposure.csv: canaries                 dataset_inference  dataset.csv: was this set trained on?
     differences  differences.csv                        ranking     which technique leaks more, from several seeds
     gates        gates.csv                              utility     utility.csv and its gate
     ledger       ledger.parquet                         summary     summary.json

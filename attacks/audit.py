@@ -1,6 +1,8 @@
 """From score tables to result tables: runs the attacks, the gates and the comparisons, and writes the files.
 
-membership.csv  differences.csv  gates.csv  utility.csv  roc.parquet  ledger.parquet  summary.json
+membership.csv  differences.csv  gates.csv  utility.csv  roc.parquet  summary.json, and where there is something to say
+attacks.csv  tasks.csv  decisions.csv  agreement.csv  supervision.csv  alpha.csv  exposure.csv  dataset.csv
+vulnerable.parquet  ledger.parquet
 """
 
 import json
@@ -9,14 +11,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from attacks import agreement, alpha, dataset_inference, exposure, supervision
+from attacks.corrections import attack_rows, corrected_facts
+from attacks.decisions import decision_facts, decision_rows
 from attacks.differences import difference_rows
+from attacks.duplicates import duplicate_facts, duplicate_rows
 from attacks.gates import count_rows, null_rows, run_blind
 from attacks.ledger import ledger_facts, read_ledgers
 from attacks.membership import ATTACKS, expand, parse
 from attacks.rows import membership_rows, roc_points
-from attacks.study import CANARIES, PAIRS, Study, load_study
-from attacks.summary import summarize
+from attacks.scoring import load_study
+from attacks.study import CANARIES, PAIRS, Study
+from attacks.summary import group_facts, summarize
 from attacks.tables import TableError, read_scores
+from attacks.tasks import task_facts, task_rows
 from attacks.utility import utility_gate, utility_rows
 
 DEFAULTS = {
@@ -44,6 +52,20 @@ COLUMNS = {
     "gates": "gate model task metric value ci_low ci_high n seed verdict",
     "utility": "model technique setting measure value ci_low ci_high n seed",
 }
+# Written only where they have rows.
+OPTIONAL = {
+    "attacks": "model technique setting role_pair seed attack auc p_value p_corrected rule family null_median "
+    "n_members n_nonmembers",
+    "tasks": "test model model_b setting attack role_pair seed task value ci_low ci_high statistic df p_value "
+    "p_corrected n_members n_nonmembers",
+    "decisions": "model technique setting attack role_pair seed measure fpr prior value ci_low ci_high ci_kind "
+    "by_chance verdict n_members n_nonmembers",
+    "agreement": agreement.COLUMNS,
+    "supervision": supervision.COLUMNS,
+    "exposure": exposure.COLUMNS,
+    "dataset": dataset_inference.COLUMNS,
+    "alpha": alpha.COLUMNS,
+}
 
 
 def audit(scores_dir: str | Path, out_dir: str | Path, settings: dict) -> dict:
@@ -59,29 +81,66 @@ def audit(scores_dir: str | Path, out_dir: str | Path, settings: dict) -> dict:
         *blind.rows(),
         *blind.excess_rows(study),
         *_canary_gate(study, scores_dir),
+        *duplicate_rows(study, scores_dir),
         *null_rows(study),
         *utility_gate(study),
         *count_rows(study),
     ]
+    tables = {"membership": membership, "differences": differences, "gates": gates, "utility": utility_rows(study)}
+    tables["attacks"], tables["decisions"] = attack_rows(study), decision_rows(study)
+    tables["tasks"] = task_rows(study) if study.settings["tasks"] else []
+    tables["agreement"], tables["supervision"] = agreement.rows(study), supervision.rows(study)
+    tables["alpha"] = alpha.curve(study, membership, tables["agreement"], tables["supervision"])
+    tables["exposure"], tables["dataset"] = exposure.exposure_rows(study), dataset_inference.dataset_rows(study)
     ledger = read_ledgers(study)
-    summary = summarize(study, scores_dir, membership, differences, gates, blind)
-    summary["ledger"] = ledger_facts(ledger)
-    utility = utility_rows(study)
-
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    tables = {"membership": membership, "differences": differences, "gates": gates, "utility": utility}
-    for name, rows in tables.items():
-        # dtype object: counts and seeds stay integers beside empty cells.
-        pd.DataFrame(rows, columns=COLUMNS[name].split(), dtype=object).to_csv(out / f"{name}.csv", index=False)
-    roc_points(study).to_parquet(out / "roc.parquet", compression="zstd", index=False)
-    if ledger is None:
-        (out / "ledger.parquet").unlink(missing_ok=True)  # of an earlier audit
-    else:
-        ledger.to_parquet(out / "ledger.parquet", compression="zstd", index=False)
+    summary = summarize(study, scores_dir, membership, differences, gates, blind) | {
+        "ledger": ledger_facts(ledger),
+        "corrected": corrected_facts(study, tables["attacks"]),
+        "tasks": task_facts(study, tables["tasks"]),
+        "decisions": decision_facts(study, tables["decisions"]),
+        "groups": group_facts(study),
+        "near_duplicates": duplicate_facts(gates),
+        "exposure": exposure.exposure_facts(tables["exposure"]),
+    }
+    summary["unresolved"] += _reasons([*tables["agreement"], *tables["supervision"]])
+    summary["verdicts"] += [*summary["corrected"]["words"], summary["tasks"]["words"]]
+    summary["verdicts"] += summary["near_duplicates"]["words"]
+    summary["warnings"] += summary["groups"]["words"]
+    frames = {"roc": roc_points(study), "ledger": ledger, "vulnerable": agreement.vulnerable(study)}
+    _write(Path(out_dir), tables, frames)
     summary = _plain(summary)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False), encoding="utf-8")
+    (Path(out_dir) / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False), encoding="utf-8")
     return summary
+
+
+def _write(out: Path, tables: dict[str, list[dict]], frames: dict[str, pd.DataFrame | None]) -> None:
+    """Write all tables; of those that have nothing to say, remove what an earlier audit left."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in tables.items():
+        columns, path = (COLUMNS | OPTIONAL)[name].split(), out / f"{name}.csv"
+        if name in OPTIONAL and all("reason" in row for row in rows):
+            path.unlink(missing_ok=True)
+            continue
+        # dtype object: counts and seeds stay integers beside empty cells.
+        pd.DataFrame(rows, columns=columns, dtype=object).to_csv(path, index=False)
+    for name, frame in frames.items():
+        path = out / f"{name}.parquet"
+        if frame is None or (name == "vulnerable" and frame.empty):
+            path.unlink(missing_ok=True)
+        else:
+            frame.to_parquet(path, compression="zstd", index=False)
+
+
+def _reasons(rows: list[dict]) -> list[dict]:
+    """Rows of teachers and students that could not be computed, as the summary's `unresolved` has them."""
+    empty = dict.fromkeys(("attack", "role_pair", "task", "seed"), "all")
+    return [
+        empty
+        | {key: row[key] for key in ("attack", "seed") if key in row}
+        | {"model": row.get("student", "all models"), "metric": row["measure"], "reason": row["reason"]}
+        for row in rows
+        if "reason" in row
+    ]
 
 
 def check(primary: str, role_pair: str, bootstrap: int) -> None:

@@ -151,7 +151,7 @@ def blind_interval(auc: Influence, level: float) -> Interval:
     round, so that without anything to find the variance is up to twice that within the folds.
     """
     se = float(np.sqrt(2 * auc.variance()))
-    return logit_interval(auc.value, se, len(auc.members), len(auc.nonmembers), level)
+    return logit_interval(auc.value, se, *auc.sizes, level, auc.df)
 
 
 def _averaged(member: np.ndarray, splits: list, scores: list[np.ndarray]) -> Influence:

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from attacks.blind import TooFew, blind_aucs, blind_interval
-from attacks.rows import auc_of, by_seed, compare, estimate, same_examples
-from attacks.statistics import Difference, Influence, Interval, chance_p, holm
+from attacks.rows import against_chance, auc_of, by_seed, compare, estimate, same_examples
+from attacks.statistics import Difference, Influence, Interval, holm
 from attacks.study import CANARIES, Pair, Study, Unresolved
 from attacks.tables import read_text
 
@@ -130,7 +130,8 @@ def _blind_aucs(study: Study, scores_dir: str | Path, pair: Pair) -> dict[str, I
     if absent := int((~np.isin(ids, text.index)).sum()):
         raise Unresolved(f"the text tables lack {absent} of the {len(ids)} evaluated records")
     member = np.arange(len(ids)) < len(pair.member_ids)
-    return blind_aucs(text.loc[ids], member, counts, study.settings["seed"])
+    found = blind_aucs(text.loc[ids], member, counts, study.settings["seed"])
+    return {name: auc.grouped(pair.groups) for name, auc in found.items()}
 
 
 # --- null ------------------------------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def null_rows(study: Study) -> list[dict]:
         for attack in study.attacks(run):
             for seed, sample in by_seed(study, run, attack, "private-heldout")[0].items():
                 pair = sample[0]
-                p_values.append(chance_p(pair.members, pair.nonmembers))
+                p_values.append(against_chance([pair.auc], [sample]))
                 rows.append(
                     gate_row(
                         "null",

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from attacks import membership
+from attacks.resampling import percentile_interval
 from attacks.statistics import (
     Difference,
     Influence,
@@ -16,11 +17,11 @@ from attacks.statistics import (
     SeedMean,
     Spread,
     balanced_accuracy,
+    chance_p,
     difference,
     interval,
     logit_interval,
     over_seeds,
-    percentile_interval,
     roc,
     tpr_at_fpr,
 )
@@ -45,10 +46,12 @@ def auc_of(sample: Sample) -> Influence:
 
 def _seed_mean(influences: list[Influence], samples: list[Sample], pooled: Spread | None = None) -> SeedMean:
     if all(same_examples(samples[0], sample) for sample in samples):
-        within = Influence.mean(influences).variance()
+        mean = Influence.mean(influences)
+        within, df = mean.variance(), mean.df
     else:  # every seed has a split of its own
         within = sum(each.variance() for each in influences) / len(influences) ** 2
-    return over_seeds([each.value for each in influences], within, pooled)
+        df = min(each.df for each in influences)
+    return over_seeds([each.value for each in influences], within, pooled, df)
 
 
 def estimate(influences: list[Influence], samples: list[Sample]) -> Interval:
@@ -56,7 +59,21 @@ def estimate(influences: list[Influence], samples: list[Sample]) -> Interval:
     if len(samples) == 1:
         return interval(influences[0])
     mean = _seed_mean(influences, samples)
-    return logit_interval(mean.value, mean.se, *sizes(samples), df=mean.df)
+    return logit_interval(mean.value, mean.se, *influences[0].sizes, df=mean.df)
+
+
+def against_chance(influences: list[Influence], samples: list[Sample]) -> float:
+    """Two-sided p-value of an AUC of 0.5; over seeds and examples for several seeds.
+
+    One pair of independent records takes the exact variance without a leak (Mann-Whitney), all else the estimated one.
+    """
+    if len(samples) > 1:
+        mean = _seed_mean(influences, samples)
+        return difference(mean.value - 0.5, mean.se, df=mean.df).p
+    (auc,), (pair, *swap) = influences, samples[0]
+    if auc.groups is None and not swap:
+        return chance_p(pair.members, pair.nonmembers)
+    return difference(auc.value - 0.5, float(np.sqrt(auc.variance())), df=auc.df).p
 
 
 def compare(
@@ -69,7 +86,7 @@ def compare(
     """a - b, seed by seed on the same examples; both lists in the order of `samples`; pooled: see `over_seeds`."""
     gaps = [x.minus(y) for x, y in zip(a, b, strict=True)]
     if len(samples) == 1:
-        return difference(gaps[0].value, float(np.sqrt(gaps[0].variance() + extra_variance)))
+        return difference(gaps[0].value, float(np.sqrt(gaps[0].variance() + extra_variance)), df=gaps[0].df)
     mean = _seed_mean(gaps, samples, pooled)
     return difference(mean.value, float(np.sqrt(mean.se**2 + extra_variance)), df=mean.df)
 
@@ -83,7 +100,7 @@ def _rates(study: Study, samples: list[Sample]) -> list[Interval | str]:
     """TPR at each of FPRS, or the reason why there is none."""
     draws = np.stack([np.mean([study.rates(p, FPRS) for p in sample], axis=0) for sample in samples], axis=1)
     fewest = min(len(pair.nonmembers) for sample in samples for pair in sample)
-    m, n = sizes(samples)
+    m, n = auc_of(samples[0]).sizes
     rates: list[Interval | str] = []
     for column, fpr in enumerate(FPRS):
         each = [[tpr_at_fpr(p.members, p.nonmembers, fpr) for p in sample] for sample in samples]
@@ -161,7 +178,10 @@ def _whole_rows(study: Study, at: dict, block: list[Sample]) -> list[dict]:
     if "balanced_accuracy" in metrics:
         try:
             accuracies = [
-                influence(sample, lambda p: balanced_accuracy(p.members, p.nonmembers, study.threshold(p)))
+                influence(
+                    sample,
+                    lambda p: balanced_accuracy(p.members, p.nonmembers, study.threshold(p)).grouped(p.groups),
+                )
                 for sample in block
             ]
             found["balanced_accuracy"] = estimate(accuracies, block)

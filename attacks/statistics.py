@@ -1,18 +1,17 @@
-"""AUC, DeLong, TPR at a fixed FPR, balanced accuracy, resampling.  Higher scores mean more member-like, always.
+"""AUC, DeLong, TPR at a fixed FPR, balanced accuracy, seeds.  Higher scores mean more member-like, always.
 
-Legend: m members, n non-members, B resamples, S training seeds.  df: degrees of freedom (inf: normal).
+Legend: m members, n non-members, S training seeds.  df: degrees of freedom (inf: normal).
 
 AUC and balanced accuracy are both handled as an `Influence`: a value with one number per example, so that an interval,
 a paired difference and an average are each one line on the same object.
 """
 
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 from sklearn.metrics import roc_curve
 
 
@@ -35,35 +34,95 @@ class Difference(NamedTuple):
     p: float
 
 
+class Groups(NamedTuple):
+    """Which records belong together (one person's, windows of one text): codes [m] and [n] that share one range."""
+
+    members: np.ndarray
+    nonmembers: np.ndarray
+
+    @staticmethod
+    def of(members: np.ndarray, nonmembers: np.ndarray) -> "Groups | None":
+        """Codes of group names [m] and [n]; None where no two records share one, so that nothing changes."""
+        names, codes = np.unique(np.concatenate([members, nonmembers]), return_inverse=True)
+        if len(names) == len(codes):
+            return None
+        return Groups(codes[: len(members)], codes[len(members) :])
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many groups have members, and how many non-members."""
+        return len(np.unique(self.members)), len(np.unique(self.nonmembers))
+
+
 @dataclass(frozen=True)
 class Influence:
     """A statistic of two independent samples, to first order in them.
 
     value: the point estimate.  members [m], nonmembers [n]: per example, up to a constant, what it moves the value by.
+    groups: where records come in groups, groups are what is independent; None: every record is.
     """
 
     value: float
     members: np.ndarray
     nonmembers: np.ndarray
+    groups: Groups | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """What is independent: members and non-members, or their groups."""
+        return (len(self.members), len(self.nonmembers)) if self.groups is None else self.groups.sizes
 
     def variance(self) -> float:
-        """`s^2(members)/m + s^2(nonmembers)/n`; for AUC this is DeLong's variance."""
-        return float(sum(np.var(part, ddof=1) / len(part) for part in (self.members, self.nonmembers)))
+        """`s^2(members)/m + s^2(nonmembers)/n`; for AUC this is DeLong's variance.
+
+        With groups the influences are summed within each before they are squared (Obuchowski 1997, Biometrics 53:567);
+        one group alone has no variance that could be estimated: inf.
+        """
+        if self.groups is None:
+            return float(sum(np.var(part, ddof=1) / len(part) for part in (self.members, self.nonmembers)))
+        return sum(self._parts())
+
+    @property
+    def df(self) -> float:
+        """Satterthwaite's degrees of freedom of a variance over groups; without groups inf, the normal limit."""
+        if self.groups is None:
+            return np.inf
+        m, n, _ = self._parts()
+        free = [max(size - 1, 1) for size in self.groups.sizes]
+        return 1.0 if not 0 < m + n < np.inf else max((m + n) ** 2 / (m**2 / free[0] + n**2 / free[1]), 1.0)
+
+    def _parts(self) -> tuple[float, float, float]:
+        """Variance over groups: of the members, of the non-members, and of groups that have both."""
+        count = max(codes.max() for codes in self.groups) + 1
+        m, n = (
+            np.bincount(codes, part - part.mean(), count) / len(part)
+            for codes, part in zip(self.groups, (self.members, self.nonmembers), strict=True)
+        )
+        if min(self.groups.sizes) < 2:
+            return np.inf, np.inf, 0.0
+        unbiased = [size / (size - 1) for size in (*self.groups.sizes, count)]
+        return tuple(float(u * sums) for u, sums in zip(unbiased, (m @ m, n @ n, 2 * m @ n), strict=True))
 
     def swapped(self) -> "Influence":
         """The same value with the two samples in the other order (members of one model, non-members of another)."""
-        return Influence(self.value, self.nonmembers, self.members)
+        groups = None if self.groups is None else Groups(self.groups.nonmembers, self.groups.members)
+        return Influence(self.value, self.nonmembers, self.members, groups)
+
+    def grouped(self, groups: Groups | None) -> "Influence":
+        """The same statistic of records that come in groups."""
+        return replace(self, groups=groups)
 
     def minus(self, other: "Influence") -> "Influence":
         """The difference to another statistic of the same examples: variances and covariance follow by themselves."""
-        return Influence(self.value - other.value, self.members - other.members, self.nonmembers - other.nonmembers)
+        members, nonmembers = self.members - other.members, self.nonmembers - other.nonmembers
+        return Influence(self.value - other.value, members, nonmembers, self.groups)
 
     @staticmethod
     def mean(parts: Sequence["Influence"]) -> "Influence":
         """The mean of several statistics of the same examples."""
         value = float(np.mean([part.value for part in parts]))
         members, nonmembers = ([getattr(p, name) for p in parts] for name in ("members", "nonmembers"))
-        return Influence(value, np.mean(members, axis=0), np.mean(nonmembers, axis=0))
+        return Influence(value, np.mean(members, axis=0), np.mean(nonmembers, axis=0), parts[0].groups)
 
 
 # --- AUC -------------------------------------------------------------------------------------------------------------
@@ -72,11 +131,14 @@ class Influence:
 def auc_influence(members: np.ndarray, nonmembers: np.ndarray) -> Influence:
     """AUC with DeLong's components: `V10_i` the share of non-members below member i (ties 1/2), `V01_j` likewise."""
     m, n = len(members), len(nonmembers)
-    ranks = stats.rankdata(np.concatenate([members, nonmembers]))
-    v10 = (ranks[:m] - stats.rankdata(members)) / n
-    v01 = 1 - (ranks[m:] - stats.rankdata(nonmembers)) / m
-    value = (ranks[:m].sum() - m * (m + 1) / 2) / (m * n)  # sums of half-integers: exact in any order of rows
-    return Influence(float(value), v10, v01)
+    won = _below(members, nonmembers)  # half-integers: their sum is exact in any order of rows
+    return Influence(float(won.sum() / (m * n)), won / n, 1 - _below(nonmembers, members) / m)
+
+
+def _below(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """How many of the others lie below each value, ties 1/2."""
+    ordered = np.sort(others)
+    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right")) / 2
 
 
 def auc(members: np.ndarray, nonmembers: np.ndarray) -> float:
@@ -102,9 +164,7 @@ def logit_interval(value: float, se: float, m: int, n: int, level: float = 0.95,
 
 def interval(influence: Influence, level: float = 0.95) -> Interval:
     """Logit interval of an AUC or a balanced accuracy from the spread of its influences."""
-    return logit_interval(
-        influence.value, np.sqrt(influence.variance()), len(influence.members), len(influence.nonmembers), level
-    )
+    return logit_interval(influence.value, np.sqrt(influence.variance()), *influence.sizes, level, influence.df)
 
 
 def delong(members: np.ndarray, nonmembers: np.ndarray, level: float = 0.95) -> Interval:
@@ -123,7 +183,7 @@ def difference(value: float, se: float, level: float = 0.95, df: float = np.inf)
 def paired_difference(a: Influence, b: Influence, level: float = 0.95) -> Difference:
     """a - b for two statistics of the same examples in the same order (DeLong's paired comparison for AUC)."""
     gap = a.minus(b)
-    return difference(gap.value, float(np.sqrt(gap.variance())), level)
+    return difference(gap.value, float(np.sqrt(gap.variance())), level, gap.df)
 
 
 def paired_delong(
@@ -139,9 +199,14 @@ def paired_delong(
 
 def chance_p(members: np.ndarray, nonmembers: np.ndarray) -> float:
     """Two-sided p-value of AUC = 0.5 (Mann-Whitney, normal, tie-corrected); constant scores give 1."""
-    if np.ptp(np.concatenate([members, nonmembers])) == 0:
-        return 1.0
-    return float(stats.mannwhitneyu(members, nonmembers, use_continuity=False, method="asymptotic").pvalue)
+    return _chance_p(auc(members, nonmembers), members, nonmembers)
+
+
+def _chance_p(value: float, members: np.ndarray, nonmembers: np.ndarray) -> float:
+    m, n = len(members), len(nonmembers)
+    tied = np.unique(np.concatenate([members, nonmembers]), return_counts=True)[1].astype(np.float64)
+    variance = (m + n + 1 - np.sum(tied**3 - tied) / ((m + n) * (m + n - 1))) / (12 * m * n)
+    return float(2 * special.ndtr(-abs(value - 0.5) / np.sqrt(variance))) if len(tied) > 1 else 1.0
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
@@ -168,12 +233,21 @@ def allowed_false_positives(n: int, fpr: float) -> int:
     return int(np.floor(n * fpr + 1e-9))
 
 
+def threshold_at(nonmembers: np.ndarray, fpr: float) -> float:
+    """The (K + 1)-th largest score of a non-member, K of them allowed; what lies above it is called a member."""
+    allowed = allowed_false_positives(len(nonmembers), fpr)
+    return float(np.sort(nonmembers)[::-1][allowed]) if allowed < len(nonmembers) else -np.inf
+
+
+def false_positive_range(n: int, fpr: float, level: float = 0.95) -> Interval:
+    """Where the true FPR behind the threshold lies, which n non-members estimated: `Beta(K + 1, n - K)`."""
+    allowed = allowed_false_positives(n, fpr)
+    return Interval(fpr, *map(float, stats.beta.interval(level, allowed + 1, n - allowed)))
+
+
 def tpr_step(members: np.ndarray, nonmembers: np.ndarray, fpr: float) -> float:
     """The largest TPR over thresholds whose FPR is <= fpr: a step function, ties move together, no interpolation."""
-    allowed = allowed_false_positives(len(nonmembers), fpr)
-    if allowed >= len(nonmembers):
-        return 1.0
-    return float(np.mean(members > np.sort(nonmembers)[::-1][allowed]))
+    return float(np.mean(members > threshold_at(nonmembers, fpr)))
 
 
 def tpr_at_fpr(members: np.ndarray, nonmembers: np.ndarray, fpr: float) -> float | None:
@@ -183,39 +257,21 @@ def tpr_at_fpr(members: np.ndarray, nonmembers: np.ndarray, fpr: float) -> float
     return tpr_step(members, nonmembers, fpr)
 
 
-def resampled_tpr(
-    members: np.ndarray,
-    nonmembers: np.ndarray,
-    member_counts: np.ndarray,
-    nonmember_counts: np.ndarray,
-    fprs: Sequence[float],
-) -> np.ndarray:
-    """TPR at each FPR [B, len(fprs)] in B stratified resamples, threshold estimated anew in each.
-
-    The threshold varies too: an interval from the members alone covers far too little.
-    counts [B, m] and [B, n]: how often each example was drawn (`Resampler.counts`).
-    """
-    m, n = len(members), len(nonmembers)
-    descending, up = np.argsort(-nonmembers), np.argsort(members)
-    drawn_from_top = np.cumsum(nonmember_counts[:, descending], axis=1, dtype=np.int32)
-    drawn_below = np.cumsum(member_counts[:, up], axis=1, dtype=np.int32)
-    drawn_below = np.pad(drawn_below, ((0, 0), (1, 0)))
-    values = np.empty((len(member_counts), len(fprs)))
-    for column, fpr in enumerate(fprs):
-        allowed = allowed_false_positives(n, fpr)
-        position = np.argmax(drawn_from_top > allowed, axis=1)  # of the (allowed + 1)-th largest one drawn
-        not_above = np.searchsorted(members[up], nonmembers[descending][position], side="right")
-        values[:, column] = 1 - np.take_along_axis(drawn_below, not_above[:, None], axis=1)[:, 0] / m
-    return values
+def ppv(tpr: float, fpr: float, nonmembers_per_member: float) -> float:
+    """Share of members among the records called so, `TPR / (TPR + r FPR)`; NaN where none is called."""
+    called = tpr + nonmembers_per_member * fpr
+    return tpr / called if called > 0 else float("nan")
 
 
-def percentile_interval(value: float, resampled: np.ndarray, m: int, level: float = 0.95) -> Interval:
-    """Percentile interval of resampled rates [B]; when all agree, Clopper-Pearson over the m members instead."""
-    if np.ptp(resampled) == 0:
-        exact = stats.binomtest(int(round(value * m)), m).proportion_ci(level, "exact")
-        return Interval(value, exact.low, exact.high)
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high))
+def advantage(members: np.ndarray, nonmembers: np.ndarray) -> float:
+    """`max(TPR - FPR)` over all thresholds: of the records that it is reported on, and so above 0 by chance."""
+    fpr, tpr, _ = roc(members, nonmembers)
+    return float(np.max(tpr - fpr))
+
+
+def advantage_by_chance(m: int, n: int) -> float:
+    """The mean of `advantage` without a leak, that of a Brownian bridge's maximum: `sqrt(pi/8 (m+n)/(mn))`."""
+    return float(np.sqrt(np.pi / 8 * (m + n) / (m * n)))
 
 
 def best_threshold(members: np.ndarray, nonmembers: np.ndarray) -> float:
@@ -230,7 +286,7 @@ def balanced_accuracy(members: np.ndarray, nonmembers: np.ndarray, threshold: fl
     return Influence(float(hits.mean() + rejections.mean()), hits, rejections)
 
 
-# --- seeds and resampling --------------------------------------------------------------------------------------------
+# --- seeds ----------------------------------------------------------------------------------------------------------
 
 
 class SeedMean(NamedTuple):
@@ -259,8 +315,10 @@ def gap_spread(values: np.ndarray) -> Spread:
     return Spread(float(2 * (rest**2).sum() / df), df)
 
 
-def over_seeds(values: Sequence[float], within: float, pooled: Spread | None = None) -> SeedMean:
-    """Mean of the values of S >= 2 seeds; within: the variance of that mean over examples.
+def over_seeds(
+    values: Sequence[float], within: float, pooled: Spread | None = None, within_df: float = np.inf
+) -> SeedMean:
+    """Mean of the values of S >= 2 seeds; within: the variance of that mean over examples, with its freedom.
 
     Both variances are added, with Satterthwaite's degrees of freedom: S - 1 where the seeds differ most, which is what
     keeps three lucky seeds from looking like a finding (resampling three seeds would be wrong one time in four).
@@ -276,29 +334,8 @@ def over_seeds(values: Sequence[float], within: float, pooled: Spread | None = N
     between = spread.variance / len(values)
     total = between + within
     df = total**2 / between**2 * spread.df if between > 1e-12 * total else np.inf
+    if np.isfinite(within_df):
+        df = total**2 / (between**2 / spread.df + within**2 / within_df) if total < np.inf else 1.0
     if pooled is not None and pooled.df == 1:
         df = 1.0  # two models, two seeds: one gap of two may vanish by luck, so examples lend it no freedom
     return SeedMean(float(np.mean(values)), float(np.sqrt(total)), df)
-
-
-@dataclass(frozen=True)
-class Resampler:
-    """Bootstrap draws that belong to the examples: the same ids get the same draws, whichever model is asked about.
-
-    Paired comparisons are paired by this alone, and nothing depends on the order of calls.
-    """
-
-    resamples: int
-    seed: int
-    _cache: dict = field(default_factory=dict, repr=False)
-
-    def counts(self, ids: np.ndarray) -> np.ndarray:
-        """How often each of the n examples is drawn, float32 [B, n]; each row sums to n."""
-        digest = zlib.crc32("\0".join(ids).encode())
-        key = (digest, len(ids))
-        if key not in self._cache:
-            n, rng = len(ids), np.random.default_rng([self.seed, digest])
-            drawn = rng.integers(n, size=(self.resamples, n)) + n * np.arange(self.resamples)[:, None]
-            counts = np.bincount(drawn.ravel(), minlength=self.resamples * n)
-            self._cache[key] = counts.reshape(self.resamples, n).astype(np.float32)
-        return self._cache[key]

@@ -1,22 +1,19 @@
 """One audit's scores: every attack on every run, and the members and non-members that they are compared on."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from attacks import membership
-from attacks.statistics import Influence, Resampler, auc_influence, best_threshold, resampled_tpr
-from attacks.tables import SEGMENTS, ScoreTable, TableError, Tokens, read_scores, read_splits
+from attacks.resampling import Resampler, resampled_tpr
+from attacks.statistics import Groups, Influence, auc_influence, best_threshold
+from attacks.tables import ScoreTable, TableError
 
 ATTACKED = ("private", "heldout", "calib", "canary")
-MEASURED = ("dev", "heldout")  # roles whose loss is reported
+MEASURED = ("dev", "heldout", "canary")  # roles whose loss is kept
 PAIRS = {"private-heldout": ("private", "heldout"), "heldout-private": ("heldout", "private")}
-COMPARABLE = {"tokenizer_fingerprint": "tokenizers", "dtype": "precisions", "matmul_precision": "precisions"}
 CANARIES = "canary_in-canary_out"
 
 
@@ -55,11 +52,12 @@ class Pair:
     member_task: np.ndarray
     nonmember_task: np.ndarray
     abstained: tuple[int, int]
+    groups: Groups | None = None  # where records belong together
 
     @cached_property
     def auc(self) -> Influence:
         """AUC with the influence of every example: once, for all tables that ask."""
-        return auc_influence(self.members, self.nonmembers)
+        return auc_influence(self.members, self.nonmembers).grouped(self.groups)
 
     def only(self, task: str) -> "Pair":
         """The records of one task. Raises Unresolved where a class has fewer than two."""
@@ -79,6 +77,7 @@ class Pair:
             self.member_task[m],
             self.nonmember_task[n],
             self.abstained,
+            self.groups and Groups.of(self.groups.members[m], self.groups.nonmembers[n]),
         )
 
 
@@ -88,8 +87,10 @@ class Study:
 
     scores: by (run, seed, attack, role); missing: why one is not there, by the same key.
     losses: nats and tokens by (run, seed, role).
-    made, draws: pairs and their resampled rates, kept because several tables ask for the same.
-    clamps: by run and seed, (clamped, all) response tokens of the attacked roles.
+    made, draws, grouped: pairs, their resampled rates and their groups, kept because several tables ask for the same.
+    clamps, caps: by run and seed, (clamped, all) tokens of Min-K%++ and (capped, all) terms of DC-PDD.
+    plan: the attacks on every run.  unavailable: those of the settings that its tables do not allow, one a reason.
+    notes: what a reader must know of the scores, as sentences.
     """
 
     settings: dict
@@ -100,8 +101,13 @@ class Study:
     missing: dict[tuple, str] = field(default_factory=dict)
     losses: dict[tuple, Totals] = field(default_factory=dict)
     clamps: dict[tuple, tuple[int, int]] = field(default_factory=dict)
+    caps: dict[tuple, tuple[int, int]] = field(default_factory=dict)
+    plan: dict[str, list[str]] = field(default_factory=dict)
+    unavailable: list[dict] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     made: dict[tuple, Pair] = field(default_factory=dict, repr=False)
     draws: dict[tuple, np.ndarray] = field(default_factory=dict, repr=False)
+    grouped: dict[tuple, Groups | None] = field(default_factory=dict, repr=False)
 
     # --- runs --------------------------------------------------------------------------------------------------------
 
@@ -144,9 +150,19 @@ class Study:
         return {"model": run, "technique": told.get("technique") or "-", "setting": told.get("setting") or "-"}
 
     def attacks(self, run: str) -> list[str]:
-        """The attacks on a run: those with a reference once for each reference that was scored."""
-        scored = [reference for reference in self.settings["references"] if reference in self.runs]
-        return membership.expand(self.settings["attacks"], scored, run)
+        """The attacks on a run that its tables allow: those with a reference once for each that was scored."""
+        return self.plan[run]
+
+    def note(self, sentence: str) -> None:
+        """Keep a sentence for the report, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def trained_on(self, run: str) -> set[str]:
+        """The roles that the run or its teacher was trained on."""
+        told = self.provenance(run)
+        chain = [told, *([self.provenance(told["teacher"])] if told.get("teacher") in self.runs else [])]
+        return {role for link in chain for role in link.get("train_roles") or ()}
 
     # --- members and non-members -------------------------------------------------------------------------------------
 
@@ -191,14 +207,33 @@ class Study:
         """TPR at each FPR in the resamples of a whole pair (not of one task) [B, len(fprs)]."""
         key = (pair.run, pair.seed, pair.attack, pair.role_pair)
         if key not in self.draws:
-            counts = [self.resampler.counts(ids) for ids in (pair.member_ids, pair.nonmember_ids)]
-            self.draws[key] = resampled_tpr(pair.members, pair.nonmembers, *counts, fprs)
+            self.draws[key] = resampled_tpr(pair.members, pair.nonmembers, *self.drawn(pair), fprs)
         return self.draws[key]
+
+    def drawn(self, pair: Pair) -> list[np.ndarray]:
+        """How often every member [B, m] and every non-member [B, n] is drawn, whole groups at a time."""
+        both = (pair.member_ids, pair.nonmember_ids)
+        return [self.resampler.counts(*each) for each in zip(both, pair.groups or (None, None), strict=True)]
+
+    def group_names(self, ids: np.ndarray) -> np.ndarray:
+        """The group of each record: as the splits say, else the record that its window (`id#k`) was cut from."""
+        records = np.array([i.partition("#")[0] for i in ids], dtype=object)
+        if self.splits is None or "group" not in self.splits:
+            return records.astype(str)
+        at = self.splits.index.get_indexer(records)
+        return np.where(at < 0, records, self.splits["group"].to_numpy(object)[at]).astype(str)
+
+    def _groups(self, member_ids: np.ndarray, nonmember_ids: np.ndarray) -> Groups | None:
+        key = (member_ids.tobytes(), nonmember_ids.tobytes())
+        if key not in self.grouped:
+            self.grouped[key] = Groups.of(self.group_names(member_ids), self.group_names(nonmember_ids))
+        return self.grouped[key]
 
     def _pair(self, run: str, seed: int, attack: str, role_pair: str) -> Pair:
         key = (run, seed, attack, role_pair)
         if key not in self.made:
-            self.made[key] = self._load_pair(key)
+            pair = self._load_pair(key)
+            self.made[key] = replace(pair, groups=self._groups(pair.member_ids, pair.nonmember_ids))
         return self.made[key]
 
     def _load_pair(self, key: tuple[str, int, str, str]) -> Pair:
@@ -206,7 +241,7 @@ class Study:
         if role_pair in PAIRS:
             return _make_pair(key, *(self._scores(run, seed, attack, role) for role in PAIRS[role_pair]))
         whole = self._scores(run, seed, attack, "canary" if role_pair == CANARIES else "calib")
-        drawn = self._drawn(whole.ids)
+        drawn = self.split_rows(whole.ids)
         coins = drawn["coin"].to_numpy()
         if role_pair == CANARIES:
             placement = drawn["placement"].to_numpy(str)
@@ -219,11 +254,8 @@ class Study:
 
         A run whose chain carries none (a base, the swap) is a null: all placements but `none` are compared.
         """
-        told = self.provenance(run)
-        chain = [told, *([self.provenance(told["teacher"])] if told.get("teacher") in self.runs else [])]
-        roles = {role for link in chain for role in link.get("train_roles") or ()}
         carried = {"private": ("teacher_only", "both"), "public": ("student_only", "both")}
-        found = sorted({placement for role in roles for placement in carried.get(role, ())})
+        found = sorted({placement for role in self.trained_on(run) for placement in carried.get(role, ())})
         return found or ["both", "student_only", "teacher_only"]
 
     def _scores(self, run: str, seed: int, attack: str, role: str) -> Scores:
@@ -232,7 +264,12 @@ class Study:
             raise Unresolved(self.missing.get(key, f"{run}/seed{seed} was not scored on role '{role}'"))
         return self.scores[key]
 
-    def _drawn(self, ids: np.ndarray) -> pd.DataFrame:
+    def drawn_coins(self, ids: np.ndarray) -> np.ndarray:
+        """The coin of each record [n]. Raises Unresolved where it is not known."""
+        return self.split_rows(ids)["coin"].to_numpy()
+
+    def split_rows(self, ids: np.ndarray) -> pd.DataFrame:
+        """The rows of splits.parquet of these records. Raises Unresolved where there is none."""
         if self.splits is None:
             raise Unresolved("no text/splits.parquet beside the score tables: the coins are not known")
         # Windows of a long text are named id#k; the coin is the record's.
@@ -275,62 +312,3 @@ def _make_pair(key: tuple, members: Scores, nonmembers: Scores) -> Pair:
 def _need_two(m: int, n: int) -> None:
     if min(m, n) < 2:
         raise Unresolved(f"{m} members and {n} non-members: both classes need at least two")
-
-
-# --- scoring ---------------------------------------------------------------------------------------------------------
-
-
-def load_study(scores_dir: str | Path, settings: dict) -> Study:
-    """Read all score tables and run all attacks. Raises TableError on tables that cannot be audited."""
-    tables = {(t.run, t.seed): t for t in read_scores(scores_dir)}
-    study = Study(settings, tables, read_splits(scores_dir), Resampler(settings["bootstrap"], settings["seed"]))
-    for role in dict.fromkeys((*ATTACKED, *MEASURED)):
-        for key, tokens, references in _role_tokens(study, role):
-            _add(study, key, role, tokens, references)
-    return study
-
-
-def _role_tokens(study: Study, role: str) -> Iterator[tuple[tuple, Tokens, dict]]:
-    """Tokens of every run that has this role; only those of the references stay in memory."""
-    used = {membership.parse(a)[:2] for run in study.runs for a in study.attacks(run)}
-    fields = {"target_id", "logp", "logp_std", *(f for name, _ in used for f in membership.ATTACKS[name].needs)}
-    having = {key: table for key, table in study.tables.items() if role in table.files}
-    references = {key: table.load(role, fields) for key, table in having.items() if key[0] in {r for _, r in used}}
-    for key, table in having.items():
-        yield key, references.get(key) or table.load(role, fields), references
-
-
-def _add(study: Study, key: tuple[str, int], role: str, tokens: Tokens, references: dict) -> None:
-    response = tokens.select([SEGMENTS["response"]])
-    if role in MEASURED:
-        nats = -np.bincount(response.owner, response.token["logp"], len(response.ids))
-        study.losses[(*key, role)] = Totals(response.ids, nats, response.lengths)
-    if role not in ATTACKED:
-        return
-    if "logp_std" in tokens.token:
-        before = study.clamps.get(key, (0, 0))
-        study.clamps[key] = (before[0] + membership.clamped(tokens), before[1] + len(response.owner))
-    for attack in study.attacks(key[0]):
-        try:
-            reference = _reference(study, key, attack, role, references)
-            values = membership.score(attack, tokens, reference)
-            study.scores[(*key, attack, role)] = Scores(tokens.ids, tokens.task, values)
-        except (Unresolved, membership.MissingField, membership.DifferentTokens) as why:
-            study.missing[(*key, attack, role)] = str(why)
-
-
-def _reference(study: Study, key: tuple[str, int], attack: str, role: str, references: dict) -> Tokens | None:
-    _, run, _ = membership.parse(attack)
-    if not run:
-        return None
-    seed = study.match(run, key[1]) if study.seeds(run) else None
-    if (run, seed) not in references:
-        raise Unresolved(f"the reference {run} has no score table of role '{role}' to set beside seed {key[1]}")
-    told = [study.tables[k].provenance for k in (key, (run, seed))]
-    for name, words in COMPARABLE.items():
-        if told[0].get(name) != told[1].get(name):
-            raise Unresolved(
-                f"{key[0]} and {run} have different {words} ({name} {told[0].get(name)} and "
-                f"{told[1].get(name)}): not subtracted; score both alike"
-            )
-    return references[run, seed]

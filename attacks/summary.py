@@ -11,6 +11,7 @@ import sklearn
 
 from attacks.gates import NOT_RUN, SPLIT_LEAKS, Blind
 from attacks.ranking import rankings
+from attacks.rows import by_seed
 from attacks.study import CANARIES, Study
 from attacks.utility import UNDERTRAINED
 
@@ -41,7 +42,8 @@ def summarize(
         "ranking": ranked,
         "warnings": _warnings(study, blind),
         "not_tested": _not_tested(study, membership),
-        "unresolved": [_unresolved(row) for row in (*membership, *differences) if "reason" in row],
+        "unavailable": study.unavailable,
+        "unresolved": _unresolved([row for row in (*membership, *differences) if "reason" in row]),
         "runs": [_run(study, run) for run in study.runs],
         "unit": settings["unit"],
         "data": settings["data"],
@@ -70,9 +72,20 @@ def _run(study: Study, run: str) -> dict:
     )
 
 
-def _unresolved(row: dict) -> dict:
-    model = row.get("model") or f"{row['model_a']} - {row['model_b']}"
-    return {"model": model} | {key: row[key] for key in ("attack", "role_pair", "task", "metric", "seed", "reason")}
+def _unresolved(rows: list[dict]) -> list[dict]:
+    """Why values are empty: one entry a row, but one for all models, attacks and seeds where a task is too small."""
+    found, of_tasks = [], {}
+    for row in rows:
+        model = row.get("model") or f"{row['model_a']} - {row['model_b']}"
+        one = {"model": model} | {key: row[key] for key in ("attack", "role_pair", "task", "metric", "seed", "reason")}
+        if row["task"] == "all":
+            found.append(one)
+        else:
+            of_tasks.setdefault((row["role_pair"], row["task"], row["metric"], row["reason"]), []).append(one)
+    for same in of_tasks.values():
+        joined = {key: ", ".join(dict.fromkeys(str(one[key]) for one in same)) for key in ("model", "attack", "seed")}
+        found.append(same[0] | joined)
+    return found
 
 
 def _find(rows: list[dict], **wanted) -> dict | None:
@@ -218,7 +231,7 @@ def _verdicts(
 
 def _warnings(study: Study, blind: Blind) -> list[str]:
     found = [warning for table in study.tables.values() for warning in table.warnings]
-    found += _training_warnings(study)
+    found += [*study.notes, *_training_warnings(study)]
     single = [run for run in study.runs if len(study.seeds(run)) == 1 and not run.startswith("base_")]
     if single:
         found.append(f"One seed for {', '.join(single)}: the intervals say nothing about training again.")
@@ -272,3 +285,18 @@ def _not_tested(study: Study, membership: list[dict]) -> list[str]:
     found += [f"TPR at an FPR of {100 * float(rate):g} %: too few non-members" for rate in rates]
     tried = dict.fromkeys(row["attack"] for row in membership)
     return [*found, f"attacks other than {', '.join(tried)}; extraction and memorization of text"]
+
+
+def group_facts(study: Study) -> dict:
+    """Do the evaluated records come in groups, so that intervals and tests count groups and not records?"""
+    attack = study.settings["primary"]
+    samples, _ = by_seed(study, study.settings["headline_model"], attack, "private-heldout")
+    pair = next((sample[0] for sample in samples.values()), None)
+    if pair is None or pair.groups is None:
+        return {"applicable": False, "words": []}
+    groups = dict(zip(("members", "nonmembers"), pair.groups.sizes, strict=True))
+    words = (
+        f"Records come in groups: {len(pair.members):,} members in {groups['members']:,}, {len(pair.nonmembers):,} "
+        f"non-members in {groups['nonmembers']:,}. Intervals and tests count groups."
+    )
+    return {"applicable": True, "groups": groups, "words": [words]}

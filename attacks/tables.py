@@ -1,12 +1,17 @@
 """Score tables: Parquet files with one row per example and list columns per scored token, read into flat arrays.
 
 SCORES/<run>/seed<k>/plain/<role>-00000.parquet    SCORES/text/{<role>.parquet, splits.parquet, token_counts.npz}
+SCORES/<run>/seed<k>/<variant>/<role>-00000.parquet: the same records under a prefix, lower-cased, ...: `variant` in the
+metadata of the file names it.
+SCORES/pairs/<a>__<b>/seed<k>/<role>-00000.parquet: run b beside its teacher a, the variant `pair:<a>` of b.
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -15,6 +20,8 @@ import pyarrow.parquet as pq
 
 IDENTITY = ("example_id", "role", "task")
 SEGMENTS = {"response": 1, "eos": 2}
+OTHER_FOLDERS = ("plain", "generated", "pair")  # beside the variants: the plain tables, and what is no score table
+T = TypeVar("T")
 
 
 class TableError(ValueError):
@@ -26,7 +33,7 @@ class Tokens:
     """One role of one run, in the order of the example ids, so that the order of rows on disk changes nothing.
 
     ids, task: str [n].  offsets: int64 [n + 1], tokens of example i are offsets[i]:offsets[i + 1].
-    token: field -> flat array [offsets[-1]].  example: field -> array [n].
+    token: field -> flat array [offsets[-1]].  example: field -> array [n].  kept: see `once`.
     """
 
     ids: np.ndarray
@@ -34,27 +41,51 @@ class Tokens:
     offsets: np.ndarray
     token: dict[str, np.ndarray]
     example: dict[str, np.ndarray]
+    kept: dict = field(default_factory=dict, repr=False, compare=False)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens per example [n]."""
         return np.diff(self.offsets)
 
-    @property
+    @cached_property
     def owner(self) -> np.ndarray:
         """Index of the example that each token belongs to."""
         return np.repeat(np.arange(len(self.ids)), self.lengths)
 
+    def once(self, name: object, make: Callable[[], T]) -> T:
+        """What `make` returns, computed at the first call: several attacks need the same sorted tokens."""
+        if name not in self.kept:
+            self.kept[name] = make()
+        return self.kept[name]
+
     def select(self, segments: Collection[int]) -> "Tokens":
-        """Only the tokens of these segments; an example may be left with none."""
+        """Only the tokens of these segments; an example may be left with none. Itself where that is all of them."""
+        return self.once(("segments", *sorted(segments)), lambda: self._select(segments))
+
+    def _select(self, segments: Collection[int]) -> "Tokens":
         keep = np.isin(self.token["segment"], list(segments))
+        if keep.all():
+            return self
         offsets = np.concatenate([[0], np.cumsum(keep)])[self.offsets]
         return Tokens(self.ids, self.task, offsets, {k: v[keep] for k, v in self.token.items()}, self.example)
+
+    def take(self, rows: np.ndarray) -> "Tokens":
+        """These examples (indices or a mask) in this order."""
+        rows = np.arange(len(self.ids))[rows]
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        flat = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
+        token, example = {k: v[flat] for k, v in self.token.items()}, {k: v[rows] for k, v in self.example.items()}
+        return Tokens(self.ids[rows], self.task[rows], offsets, token, example)
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """What one run (one seed of it) left on disk. Nothing but metadata is in memory until `load`."""
+    """What one run (one seed of it) left on disk. Nothing but metadata is in memory until `load`.
+
+    files: by role.  variants: by name, the tables of the same model on changed text.
+    """
 
     run: str
     seed: int
@@ -62,6 +93,7 @@ class ScoreTable:
     provenance: dict
     files: dict[str, list[Path]]
     warnings: tuple[str, ...] = field(default=())
+    variants: dict[str, "ScoreTable"] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -71,6 +103,11 @@ class ScoreTable:
     def folder(self) -> Path:
         """Where the run keeps its score tables, its ledger and what it generated."""
         return next(iter(self.files.values()))[0].parents[1]
+
+    @cached_property
+    def columns(self) -> set[str]:
+        """Columns that the files of every role have."""
+        return set.intersection(*(set(pq.read_schema(paths[0]).names) for paths in self.files.values()))
 
     def load(self, role: str, fields: Collection[str]) -> Tokens:
         """Read one role. Of `fields` those that the files have; `segment` always.
@@ -94,23 +131,38 @@ class ScoreTable:
 
 
 def read_scores(scores_dir: str | Path) -> list[ScoreTable]:
-    """Find the plain score tables under `scores_dir`, by run and seed.  Reads metadata only.
+    """Find the plain score tables under `scores_dir`, by run and seed, with their variants.  Reads metadata only.
 
     What a table is stands in its Parquet metadata; a directory without it is taken by its path, with a warning.
-    Raises TableError where there is no table, or where two directories claim the same run and seed.
+    Raises TableError where there is no table, or where two directories claim the same run, seed and variant.
     """
     root = Path(scores_dir)
-    folders = sorted({path.parent for path in root.glob("**/seed*/plain/*.parquet")})
-    if not folders:
+    found = [*root.glob("**/seed*/*/*.parquet"), *root.glob("pairs/*/seed*/*.parquet")]
+    folders = sorted({path.parent for path in found})
+    if not any(folder.name == "plain" for folder in folders):
         raise TableError(f"{root}: no score tables; expected <run>/seed<k>/plain/<role>-00000.parquet below it")
     tables: dict[tuple[str, int], ScoreTable] = {}
+    variants: list[tuple[Path, str, ScoreTable]] = []
     for folder in folders:
+        if folder.name in OTHER_FOLDERS[1:]:
+            continue
         if (folder / "begun").exists():
             raise TableError(f"{folder}: scoring is not finished; run the score stage again")
-        table = _describe(root, folder)
+        table, variant = _describe(root, folder)
+        if folder.name != "plain":
+            if variant not in OTHER_FOLDERS:
+                variants.append((folder, variant, table))
+            continue
         if (table.run, table.seed) in tables:
             raise TableError(f"{folder}: a second table of {table.name}; the metadata of two directories name one run")
         tables[table.run, table.seed] = table
+    for folder, variant, table in variants:
+        if (table.run, table.seed) not in tables:
+            raise TableError(f"{folder}: the variant {variant} of {table.name}, which has no plain table")
+        known = tables[table.run, table.seed].variants
+        if variant in known:
+            raise TableError(f"{folder}: a second table of the variant {variant} of {table.name}")
+        known[variant] = table
     return [tables[key] for key in sorted(tables)]
 
 
@@ -125,6 +177,12 @@ def read_splits(scores_dir: str | Path) -> pd.DataFrame | None:
     return _by_id(path) if path.exists() else None
 
 
+def read_counts(scores_dir: str | Path) -> np.ndarray | None:
+    """How often each token id occurs in the public role [V], or None where it was not kept."""
+    path = Path(scores_dir) / "text" / "token_counts.npz"
+    return np.load(path)["counts"] if path.exists() else None
+
+
 def _by_id(path: Path) -> pd.DataFrame:
     frame = pd.read_parquet(path).set_index("example_id")
     if not frame.index.is_unique:
@@ -132,7 +190,8 @@ def _by_id(path: Path) -> pd.DataFrame:
     return frame
 
 
-def _describe(root: Path, folder: Path) -> ScoreTable:
+def _describe(root: Path, folder: Path) -> tuple[ScoreTable, str]:
+    """The tables of one directory, and which variant they are."""
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.parquet")):
         files.setdefault(path.stem.rsplit("-", 1)[0], []).append(path)
@@ -141,24 +200,25 @@ def _describe(root: Path, folder: Path) -> ScoreTable:
         for paths in files.values()
         for path in paths
     }
-    owners = {(meta.get("run"), meta.get("seed")) for meta in told.values()}
+    owners = {(meta.get("run"), meta.get("seed"), meta.get("variant")) for meta in told.values()}
     if len(owners) > 1:
         raise TableError(f"{folder}: its files name different runs ({sorted(map(str, owners))}); keep one run a folder")
     meta = next(iter(told.values()))
     if "run" in meta and "seed" in meta:
-        return ScoreTable(
-            meta["run"], int(meta["seed"]), meta.get("step", ""), json.loads(meta.get("provenance", "{}")), files
-        )
+        provenance = json.loads(meta.get("provenance", "{}"))
+        table = ScoreTable(meta["run"], int(meta["seed"]), meta.get("step", ""), provenance, files)
+        return table, meta.get("variant", folder.name)
     run, seed = folder.parents[1].relative_to(root).as_posix(), folder.parent.name.removeprefix("seed")
     warning = f"{run}/seed{seed}: no metadata in its score tables: taken by their path, its training is unknown"
     if not seed.isdigit():
         raise TableError(f"{folder}: no metadata, and '{folder.parent.name}' is not seed<number>")
-    return ScoreTable(run, int(seed), "", {}, files, (warning,))
+    return ScoreTable(run, int(seed), "", {}, files, (warning,)), folder.name
 
 
 def _read(path: Path, role: str, fields: set[str]) -> Tokens:
     columns = pq.read_schema(path).names
-    if absent := [c for c in (*IDENTITY, "segment", "logp") if c not in columns]:
+    measured = "kl_ab" if "kl_ab" in columns else "logp"  # of a pair of models, of one
+    if absent := [c for c in (*IDENTITY, "segment", measured) if c not in columns]:
         raise TableError(
             f"{path}: no column {', '.join(absent)}; a score table has {', '.join(IDENTITY)} and "
             "list columns per scored token, segment and logp among them"
@@ -193,6 +253,8 @@ def _text(table: pa.Table, name: str) -> np.ndarray:
 
 def _in_id_order(parts: list[Tokens]) -> Tokens:
     ids = np.concatenate([p.ids for p in parts])
+    if len(parts) == 1 and (ids[1:] >= ids[:-1]).all():
+        return parts[0]
     order = np.argsort(ids, kind="stable")
     lengths = np.concatenate([p.lengths for p in parts])
     starts = np.cumsum(lengths) - lengths

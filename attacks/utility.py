@@ -54,7 +54,9 @@ def _ratio(totals: Totals) -> float:
 
 
 def _drawn(study: Study, totals: Totals) -> np.ndarray:
-    counts = study.resampler.counts(totals.ids)
+    names = study.group_names(totals.ids)
+    groups = None if len(np.unique(names)) == len(names) else np.unique(names, return_inverse=True)[1]
+    counts = study.resampler.counts(totals.ids, groups)
     return (counts @ totals.above) / (counts @ totals.below)
 
 

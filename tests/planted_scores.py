@@ -57,11 +57,13 @@ class World:
         gain: float = 0.0,
         noise: float = 0.3,
         roles=None,
+        variant: str = "plain",
         **provenance,
     ) -> None:
         """leaks: nats per role.  gain: nats on everything.  noise: of this run alone, per token."""
         for role in roles or self.roles:
-            self.write_role(run, role, (leaks or {}).get(role, 0.0) + gain, seed, noise, **provenance)
+            nats = (leaks or {}).get(role, 0.0) + gain
+            self.save(self.table(role, nats, noise), run, role, seed, variant=variant, **provenance)
 
     def table(self, role: str, nats: float, noise: float) -> pa.Table:
         made, lengths = self.roles[role], self.roles[role]["lengths"]
@@ -78,8 +80,8 @@ class World:
             "logp_std": 0.8 + 0.1 * self.rng.random(total),
             "rank": np.zeros(total),
             "ties": np.zeros(total),
-            "top1_id": made["targets"],
-            "top1_logp": logp,
+            "top1_id": np.where(logp > np.log(0.5), made["targets"], (made["targets"] + 1) % VOCAB),
+            "top1_logp": np.where(logp > np.log(0.5), logp, np.maximum(logp, -0.5)),
             "top2_gap": np.ones(total),
         }
         text = [
@@ -104,19 +106,18 @@ class World:
         }
         return pa.table(columns | lists)
 
-    def write_role(self, run, role, nats=0.0, seed=0, noise=0.3, **provenance) -> None:
-        self.save(self.table(role, nats, noise), run, role, seed, **provenance)
-
-    def save(self, table: pa.Table, run: str, role: str, seed: int = 0, shard: int = 0, **provenance) -> None:
+    def save(
+        self, table: pa.Table, run: str, role: str, seed: int = 0, shard: int = 0, variant: str = "plain", **provenance
+    ) -> None:
         told = {
             "run": run,
             "seed": str(seed),
             "split_seed": "0",
             "step": "10",
-            "variant": "plain",
+            "variant": variant,
             "provenance": json.dumps(PROVENANCE | provenance),
         }
-        path = self.folder / run / f"seed{seed}" / "plain" / f"{role}-{shard:05d}.parquet"
+        path = self.folder / run / f"seed{seed}" / variant / f"{role}-{shard:05d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table.replace_schema_metadata(told), path, compression="zstd")
 
@@ -275,7 +276,8 @@ def six(folder: Path, *, records: int = 300, seeds=(0, 1, 2), seed: int = 0, see
 
 # --- reading an audit ------------------------------------------------------------------------------------------------
 
-QUICK = {"bootstrap": 200, "tasks": False}
+FEW = ["loss", "zlib", "min_k", "min_k_plus_plus", "reference"]  # attacks that all planted tables allow
+QUICK = {"bootstrap": 200, "tasks": False, "attacks": FEW}
 
 
 def tables(out: Path) -> dict[str, pd.DataFrame]:

@@ -10,15 +10,16 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from planted_scores import QUICK, World, chain, leak, reasons, row, tables
+from planted_scores import FEW, QUICK, World, chain, leak, reasons, row, tables
 from sklearn.metrics import roc_auc_score
 
 from attacks import audit as audit_module
-from attacks.audit import COLUMNS, audit
+from attacks.audit import COLUMNS, OPTIONAL, audit
 from attacks.gates import SEPARATED, SPLIT_LEAKS
 from attacks.utility import UNDERTRAINED
 
 KD = {"headline_model": "students/kd"}
+METRICS = ("auc", "balanced_accuracy", *(f"tpr_at_fpr_{f:g}" for f in (0.25, 0.05, 0.01, 0.001)))
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def experiment(tmp_path_factory):
     """One chain with one seed: (folder of scores, folder of results, tables, summary)."""
     folder = tmp_path_factory.mktemp("chain")
     chain(folder / "scores", members=260, nonmembers=240)
-    summary = audit(folder / "scores", folder / "out", {"title": "planted", **KD})
+    summary = audit(folder / "scores", folder / "out", {"title": "planted", "attacks": FEW, **KD})
     return folder / "scores", folder / "out", tables(folder / "out"), summary
 
 
@@ -43,10 +44,13 @@ def test_columns_and_files(experiment):
         assert list(found[name].columns) == columns.split() and len(found[name])
     roc = pd.read_parquet(out / "roc.parquet")
     assert list(roc.columns) == ["model", "attack", "role_pair", "seed", "fpr", "tpr"]
-    assert " ".join(summary) == (
-        "title headline sentence comparison worst verdicts ranking warnings not_tested unresolved "
-        "runs unit data run_settings versions canaries ledger"
+    known = (
+        "title headline sentence comparison worst verdicts ranking warnings not_tested unavailable unresolved "
+        "runs unit data run_settings versions canaries ledger corrected tasks decisions groups near_duplicates exposure"
     )
+    assert set(known.split()) <= set(summary)
+    for name in ("attacks", "tasks", "decisions"):
+        assert list(found[name].columns) == OPTIONAL[name].split() and len(found[name])
     assert summary == json.loads((out / "summary.json").read_text())
     assert "260," in (out / "membership.csv").read_text() and "260.0" not in (out / "membership.csv").read_text()
 
@@ -124,7 +128,7 @@ def test_too_few_non_members_is_said(experiment):
     assert why == "too few non-members: an FPR of 0.1 % needs 1000 or more, there are 240"
     assert any("0.1 %" in line for line in summary["not_tested"])
     empty = found["membership"]["value"].isna().sum() + found["differences"]["difference"].isna().sum()
-    assert empty == len(summary["unresolved"])
+    assert empty == sum(u["metric"] in METRICS for u in summary["unresolved"])
 
 
 def test_headline_and_sentence(experiment):
@@ -153,7 +157,8 @@ def test_one_seed_gives_no_ranking(experiment):
 def test_gates_are_calm_where_nothing_is_wrong(experiment):
     _, _, found, _ = experiment
     gates = found["gates"]
-    assert set(gates["gate"]) == {"blind", "blind:canary_in-canary_out", "null", "utility", "abstentions", "clamped"}
+    known = {"blind", "blind:canary_in-canary_out", "near_duplicates", "null", "utility", "abstentions", "clamped"}
+    assert set(gates["gate"]) >= known
     assert (gates["verdict"].str.startswith("ok")).all()
     assert set(gates.query("gate == 'null'")["model"]) == {"null", "base_student", "base_teacher"}
     dev = found["utility"].query("measure == 'dev_loss'").set_index("model")
@@ -173,12 +178,12 @@ def test_dev_loss_is_the_mean_over_tokens(experiment):
 
 def test_same_tables_same_files_in_any_row_order(experiment, tmp_path):
     scores = copy(experiment, tmp_path)
-    audit(scores, tmp_path / "one", QUICK | KD | {"blind": False})
+    audit(scores, tmp_path / "one", QUICK | KD | {"attacks": FEW, "blind": False})
     for run in ("students/kd", "null"):
         for path in (scores / run / "seed0" / "plain").glob("*.parquet"):
             rows = pq.read_table(path)
             pq.write_table(rows.take(np.random.default_rng(0).permutation(len(rows))), path)
-    audit(scores, tmp_path / "two", QUICK | KD | {"blind": False})
+    audit(scores, tmp_path / "two", QUICK | KD | {"attacks": FEW, "blind": False})
     for name in COLUMNS:
         assert (tmp_path / "one" / f"{name}.csv").read_bytes() == (tmp_path / "two" / f"{name}.csv").read_bytes()
 
@@ -190,7 +195,7 @@ def test_same_tables_same_files_in_any_row_order(experiment, tmp_path):
 def seeded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("seeds")
     chain(folder / "scores", members=150, nonmembers=150, student_seeds=(0, 1, 2))
-    summary = audit(folder / "scores", folder / "out", QUICK | KD)
+    summary = audit(folder / "scores", folder / "out", QUICK | KD | {"attacks": FEW})
     return tables(folder / "out"), summary
 
 
@@ -213,6 +218,18 @@ def test_seeds_are_pooled_and_ranked(seeded):
     assert gap["ci_high"] < 0 and gap["ci_kind"] == "both"
     assert set(found["membership"].query("model == 'teacher'")["seed"]) == {"0"}
     assert {"0", "1", "2", "all"} == set(found["utility"].query("model == 'students/kd'")["seed"])
+
+
+def test_what_needs_seeds_or_tasks_says_so(experiment, seeded):
+    """One seed: no flips; tasks switched off: no table of an earlier audit; several seeds: flips of every student."""
+    _, out, found, summary = experiment
+    assert summary["decisions"]["words"] == ["Flip rate between training seeds: not applicable, one seed."]
+    assert summary["tasks"]["applicable"] and summary["tasks"]["words"] in summary["verdicts"]
+    whole, pooled = seeded
+    assert "tasks" not in whole and "not applicable" in pooled["tasks"]["words"]
+    assert {row["measure"] for row in pooled["decisions"]["flips"]} == {"flip_rate", "flagged_always", "flagged_never"}
+    assert any("attacks" in said and "is the strongest" in said for said in pooled["corrected"]["words"])
+    assert (found["attacks"].query("attack == 'loss' and rule != 'maximum'")["rule"] == "primary").all()
 
 
 def test_spread_over_seeds_widens_the_interval(tmp_path):

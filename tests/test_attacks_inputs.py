@@ -19,15 +19,19 @@ from attacks.tables import TableError
     ],
 )
 def test_references_of_another_kind_are_not_subtracted(tmp_path, told, words):
+    """Token by token; a mean over texts may be compared across tokenizers, and is then flagged."""
     world = World(tmp_path / "scores", {"private": 40, "heldout": 40})
     world.write("base_student", **told)
     world.write("students/kd")
-    summary = audit(tmp_path / "scores", tmp_path / "out", QUICK)
-    (why,) = reasons(summary, model="students/kd", attack="reference:base_student", metric="auc")
-    assert words in why and "not subtracted" in why
-    found = tables(tmp_path / "out")
-    assert np.isnan(leak(found, "students/kd", "reference:base_student")["value"])
+    summary = audit(tmp_path / "scores", tmp_path / "out", QUICK | {"attacks": ["loss", "reference", "wbc"]})
+    found, crossed = tables(tmp_path / "out"), "tokenizer_fingerprint" in told
+    for attack in ("wbc:base_student", *([] if crossed else ["reference:base_student"])):
+        (why,) = reasons(summary, model="students/kd", attack=attack, metric="auc")
+        assert words in why and "not subtracted" in why
+        assert np.isnan(leak(found, "students/kd", attack)["value"])
     assert np.isfinite(leak(found, "students/kd")["value"])
+    assert np.isfinite(leak(found, "students/kd", "reference:base_student")["value"]) == crossed
+    assert any("cross_tokenizer: students/kd and base_student" in w for w in summary["warnings"]) == crossed
 
 
 def edited(world: World, run: str, role: str, column: str, change) -> None:
@@ -67,8 +71,10 @@ def test_a_missing_field_stops_its_attack_only(tmp_path):
     for role in ("private", "heldout"):
         world.save(world.table(role, 0, 0.3).drop_columns(["logp_std"]), "students/kd", role)
     summary = audit(tmp_path / "scores", tmp_path / "out", QUICK)
-    (why,) = reasons(summary, attack="min_k_plus_plus", metric="auc")
-    assert "needs logp_std" in why and np.isfinite(leak(tables(tmp_path / "out"), "students/kd")["value"])
+    (why,) = summary["unavailable"]
+    assert why["reason"] == "min_k_plus_plus needs logp_std, which the score table does not have"
+    assert (why["models"], why["attacks"]) == ("all models", "min_k_plus_plus")
+    assert np.isfinite(leak(tables(tmp_path / "out"), "students/kd")["value"])
 
 
 @pytest.mark.parametrize("n,words", [(0, "was not scored on role 'heldout'"), (1, "40 members and 1 non-members")])
@@ -117,3 +123,47 @@ def test_foreign_checkpoints_without_metadata(tmp_path):
     assert len([w for w in summary["warnings"] if "no metadata" in w]) == 3
     assert "without a teacher not measured" in summary["sentence"]
     assert {u["attack"] for u in summary["unresolved"]} >= {"loss"}
+
+
+def test_not_numbers_in_a_reference_are_errors_of_what_uses_it(tmp_path):
+    world = World(tmp_path / "scores", {"private": 40, "heldout": 40})
+    world.write("students/kd")
+    world.write("base_student")
+    edited(world, "base_student", "heldout", "logp", lambda i, v: [*v[:-1], float("nan")] if i < 2 else v)
+    summary = audit(tmp_path / "scores", tmp_path / "out", QUICK)
+    (why,) = reasons(summary, model="students/kd", attack="reference:base_student", metric="auc")
+    assert "0 of 40 members and 2 of 40 non-members have a score that is not a number" in why
+    assert np.isfinite(leak(tables(tmp_path / "out"), "students/kd")["value"])
+
+
+def test_responses_of_three_tokens_are_scored_by_every_attack(tmp_path):
+    """Or counted as abstentions: the error zone needs two wrong tokens."""
+    world = World(tmp_path / "scores", {"private": 40, "heldout": 40, "calib": 60}, mean_length=3)
+    world.write("base_student")
+    for variant in ("plain", "recall", "recall_members", "lowercase"):
+        world.write("students/kd", variant=variant)
+    world.write_text()
+    settings = {"bootstrap": 50, "tasks": False, "headline_model": "students/kd"}
+    summary = audit(tmp_path / "scores", tmp_path / "out", settings)
+    found = tables(tmp_path / "out")
+    aucs = found["membership"].query("model == 'students/kd' and metric == 'auc'")
+    assert len(aucs) > 25 and np.isfinite(aucs["value"]).all()
+    counted = found["gates"].query("gate == 'abstentions' and model == 'students/kd'")
+    assert {"ez:base_student:members", "ez:base_student:nonmembers"} <= set(counted["metric"])
+    assert 3 < len(summary["unavailable"]) < 12  # one line a reason
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (lambda t: t.drop_columns(["task"]), "no column task"),
+        (lambda t: pa.concat_tables([t, t.slice(3, 2)]), "2 duplicate example ids"),
+        (lambda t: t.set_column(0, "example_id", pa.array(["same"] * len(t))), "39 duplicate example ids"),
+    ],
+)
+def test_tables_that_cannot_be_read_stop_the_audit(tmp_path, change, words):
+    world = World(tmp_path / "scores", {"private": 40, "heldout": 40})
+    world.write("students/kd", roles=["heldout"])
+    world.save(change(world.table("private", 0, 0.3)), "students/kd", "private")
+    with pytest.raises(TableError, match=words):
+        audit(tmp_path / "scores", tmp_path / "out", QUICK)

@@ -2,7 +2,7 @@
 
     python main.py --config=configs/gpt2_kd.py[:large|medium|base] --config.data.path=databricks-dolly-15k.jsonl
     python main.py --config=configs/gpt2_kd.py:base,zhang2025 ... --config.data.lm.path=openwebtext.jsonl
-    python main.py --config=configs/gpt2_kd.py:small[,base|,six] --config.data.path=... --workdir=runs/dolly
+    python main.py --config=configs/gpt2_kd.py:small[,base|,six|,mixed] --config.data.path=... --workdir=runs/dolly
 
 Paper size (default `base`): hub ids gpt2-xl and gpt2-large / gpt2-medium / gpt2, or folders by
 `--config.models.teacher.path` and `--config.models.student.path`. Hyper-parameters are those of the released scripts
@@ -11,7 +11,8 @@ Paper size (default `base`): hub ids gpt2-xl and gpt2-large / gpt2-medium / gpt2
 
 `small`: 3-layer students and 4-layer teachers from random weights, 2 CPU cores, under 25 minutes. `small,base`: the
 bases are first pre-trained on plain text, `--config.data.pretrain.path=.../train.txt.gz`, 20 minutes more. `small,six`:
-all six techniques by the `matched` recipe with three seeds, under 75 minutes.
+all six techniques by the `matched` recipe with three seeds, under 75 minutes. `small,mixed`: mixed supervision
+(cui2026): students on the teacher's own records, the teacher's weight alpha (kd_ratio) at 0, 0.25, 0.5, 0.75 and 1.
 """
 
 from ml_collections import ConfigDict
@@ -25,14 +26,14 @@ STUDENTS = {"large": ("gpt2-large", 4), "medium": ("gpt2-medium", 8), "base": ("
 
 def get_config(variant: str = "base") -> ConfigDict:
     words = variant.split(",")
-    if words == ["small", "six"]:
-        return six()
+    if words[:1] == ["small"] and words[1:] in (["six"], ["mixed"]):
+        return {"six": six, "mixed": mixed}[words[1]]()
     if words in (["small"], ["small", "base"]):
         return small(pretrained=words[1:] == ["base"])
     if words[0] not in STUDENTS or len(words) > 2:
         raise ValueError(
             f"configs/gpt2_kd.py:{variant}: known are {', '.join(STUDENTS)}, each alone or with a paper "
-            f"({', '.join(published.PAPERS)}), small, small,base and small,six"
+            f"({', '.join(published.PAPERS)}), small, small,base, small,six and small,mixed"
         )
     hub_id, batch = STUDENTS[words[0]]
     config = base.get_config()
@@ -97,4 +98,24 @@ def six() -> ConfigDict:
         "teacher", "matched", "matched", techniques=TECHNIQUES, shared=(), init="init", seeds=seeds
     )
     config.utility.update(seeds=(10, 20), examples=150, max_new_tokens=64)
+    return config
+
+
+def mixed() -> ConfigDict:
+    """One teacher's weight swept, all else equal: do its signal and the labels together teach more than either?"""
+    config = small(pretrained=False)
+    config.title = "Dolly: mixed supervision, small GPT-2 models from scratch, three seeds"
+    seeds, common = (0, 1, 2), dict(lr=2e-3, batch_rows=8, warmup_steps=20, checkpoints=1, evaluations=1)
+    config.recipes = ConfigDict(
+        dict(teacher=base.recipe("matched", steps=500, **common), matched=base.recipe("matched", steps=300, **common))
+    )
+    config.runs = base.standard_runs("teacher", "matched", "matched", techniques=(), shared=(), swapped=(), seeds=seeds)
+    del config.runs["swap"]
+    for percent in (0, 25, 50, 75, 100):
+        name = f"alpha_{percent}"
+        config.objectives[name] = base.objective("cui", kd_ratio=percent / 100)
+        student = dict(init="base_student", train_roles=("private",), teacher="teacher", recipe="matched", seeds=seeds)
+        config.runs[f"students/{name}"] = base.run("student", "kd", objective=name, setting="shared", **student)
+    config.attack.headline = "students/alpha_50"
+    config.score.pairs = ("students",)
     return config

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,9 +101,13 @@ def main(_: list[str]) -> None:
         if everything:
             print(experiment.record_result(study))
     except EXPECTED as error:
-        sys.exit(f"error: {error}")
+        processes.fail(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command continues from the last checkpoint")
+        processes.fail("interrupted: the same command continues from the last checkpoint")
+    except Exception:
+        if jax.distributed.is_initialized():
+            processes.fail(traceback.format_exc())
+        raise
 
 
 def _check(config: ConfigDict, chosen: list[str]) -> None:

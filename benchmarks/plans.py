@@ -149,7 +149,7 @@ def _row(name: str, topology: str, made: plan.Plan) -> str:
     largest = max(compiled, key=lambda f: f.peak)
     pace = next((p for p in made.paces if p.run == "students/kd"), made.paces[-1] if made.paces else None)
     step = ["-"] * 3 if pace is None else [pace.run, f"{pace.step_seconds * 1e3:.0f}", pace.bound]
-    cells = [f"`{name}`", topology, f"{largest.peak / GIB:.2f}", f"{chip.usable / GIB:.2f}", largest.kind, *step]
+    cells = [f"`{name}`", topology, f"{largest.peak / GIB:.2f}", f"{chip.hbm / GIB:.2f}", largest.kind, *step]
     return f"| {' | '.join([*cells, f'{made.hours:.1f}' if made.verdict == 'passes' else '-', made.verdict])} |"
 
 

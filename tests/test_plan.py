@@ -154,7 +154,7 @@ def test_more_virtual_devices_than_there_are_are_planned_elsewhere():
 
 def test_what_does_not_fit_is_refused_with_its_reason_and_a_remedy(monkeypatch, capsys, tmp_path):
     """A chip of 5 MB: the state of AdamW fits when it is split over 8 devices, not when every device has all."""
-    tiny = chips.Chip("tiny", 5e6, 1e9, 1e12, 1e9, reserved=0.0)
+    tiny = chips.Chip("tiny", 5e6, 1e9, 1e12, 1e9)
     monkeypatch.setitem(chips.CHIPS, "h100", tiny)
     config = small_config(data=8)
     config.models.teacher.scratch.update(n_embd=128)

@@ -84,7 +84,10 @@ TPU = """HloModule m, is_scheduled=true
   %gte.1 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%p.1), index=1
   %permuted = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} collective-permute(%gte.1), channel_id=4, source_target_pairs={{0,1}}
   %piece.2 = bf16[64,128]{1,0:T(8,128)(2,1)} fusion(%gte.1), kind=kCustom, calls=%pieces.2
-  ROOT %t.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}) tuple(%gte.1, %permuted)
+  %two = s32[]{:T(128)} constant(2)
+  %counter = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  %next = s32[]{:T(128)} add(%counter, %two)
+  ROOT %t.1 = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}) tuple(%next, %permuted)
 }
 
 %cond.1 (p.2: (s32[], bf16[8,128])) -> pred[] {
@@ -121,10 +124,20 @@ def test_a_tpus_spellings():
     """Counts from a loop's condition, pieces of one gather, a scatter written as a fused all-reduce, fast memory."""
     program = hlo.parse(TPU.replace("calls=%pieces.2", "calls=%pieces.1"))
     found = hlo.collectives(program, 8)
-    assert found["collective-permute"] == hlo.Traffic(16, 16 * 8 * 128 * 2)
+    assert found["collective-permute"] == hlo.Traffic(8, 8 * 8 * 128 * 2), "16 by twos"
     assert found["reduce-scatter"] == hlo.Traffic(1, 64 * 128 * 4 * 3 / 4)
     assert found["all-gather"].bytes % (64 * 128 * 2 * 3 / 4) == 0
     assert program.computations["body.1"][1].arrays[0].space == 1
+
+
+def test_pieces_of_one_collective_count_once():
+    """A gather begun outside a loop and carried on inside it: the pieces share a channel."""
+    pieces = TPU[TPU.index("%pieces.1 (") : TPU.index("%all-reduce-scatter.3 (")]
+    inside = pieces.replace("pieces.1", "pieces.2").replace("q.1", "q.2").replace("gather.1", "gather.2")
+    found = hlo.collectives(
+        hlo.parse(TPU.replace(pieces, "").replace("%body.1 (p.1", pieces + inside + "%body.1 (p.1")), 8
+    )
+    assert found["all-gather"] == hlo.Traffic(1, 64 * 128 * 2 * 3 / 4)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """Facts about accelerators, and the devices of a named topology.
 
-HBM, its bandwidth, peak bfloat16 (dense) and the interconnect per chip, as their makers publish them:
-TPU v4, v5e, v5p, v6e: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, the interconnect as all of a chip's links one way;
-A100 80GB, H100, H200 (SXM): NVIDIA's data sheets, NVLink one way. Of a TPU's HBM the compiler keeps a part for itself;
-`usable` is what its own out-of-memory message states for v5e (15.75 of 16 GiB), and in the same proportion elsewhere.
+Bandwidth of the HBM, peak bfloat16 (dense) and interconnect per chip, as their makers publish them: TPU v4, v5e, v5p,
+v6e: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, the interconnect as all of a chip's links one way; A100 80GB, H100, H200
+(SXM): NVIDIA's data sheets, NVLink one way. HBM is what programs get of it: of a TPU's 32, 16, 95 and 32 GB what the
+compiler's out-of-memory message (libtpu 0.0.42) calls available, of a GPU's 80 and 141 GB the three quarters that JAX
+takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 """
 
 from __future__ import annotations
@@ -23,26 +24,21 @@ class Chip:
     """One accelerator. Rates are per second."""
 
     name: str
-    hbm: float  # bytes
+    hbm: float  # bytes that programs get
     bandwidth: float  # bytes of HBM
     peak: float  # bfloat16 FLOP
     network: float  # bytes that leave a chip over all its links
-    reserved: float = 1 / 64  # share of the HBM that no program gets
-
-    @property
-    def usable(self) -> float:
-        return self.hbm * (1 - self.reserved)
 
 
 GIB, TERA, GIGA = 2.0**30, 1e12, 1e9
 CHIPS = {
-    "v4": Chip("TPU v4", 32 * GIB, 1228 * GIGA, 275 * TERA, 300 * GIGA),
-    "v5e": Chip("TPU v5e", 16 * GIB, 819 * GIGA, 197 * TERA, 200 * GIGA),
-    "v5p": Chip("TPU v5p", 95 * GIB, 2765 * GIGA, 459 * TERA, 600 * GIGA),
-    "v6e": Chip("TPU v6e", 32 * GIB, 1640 * GIGA, 918 * TERA, 448 * GIGA),
-    "a100": Chip("A100 80GB", 80 * GIGA, 2039 * GIGA, 312 * TERA, 300 * GIGA, reserved=0.05),
-    "h100": Chip("H100 SXM", 80 * GIGA, 3350 * GIGA, 989.4 * TERA, 450 * GIGA, reserved=0.05),
-    "h200": Chip("H200 SXM", 141 * GIGA, 4800 * GIGA, 989.4 * TERA, 450 * GIGA, reserved=0.05),
+    "v4": Chip("TPU v4", 30.75 * GIB, 1228 * GIGA, 275 * TERA, 300 * GIGA),
+    "v5e": Chip("TPU v5e", 15.75 * GIB, 819 * GIGA, 197 * TERA, 200 * GIGA),
+    "v5p": Chip("TPU v5p", 95.74 * GIB, 2765 * GIGA, 459 * TERA, 600 * GIGA),
+    "v6e": Chip("TPU v6e", 31.25 * GIB, 1640 * GIGA, 918 * TERA, 448 * GIGA),
+    "a100": Chip("A100 80GB", 60 * GIGA, 2039 * GIGA, 312 * TERA, 300 * GIGA),
+    "h100": Chip("H100 SXM", 60 * GIGA, 3350 * GIGA, 989.4 * TERA, 450 * GIGA),
+    "h200": Chip("H200 SXM", 0.75 * 141 * GIGA, 4800 * GIGA, 989.4 * TERA, 450 * GIGA),
 }
 GPUS = {"gpu": "h100", "a100": "a100", "h100": "h100", "h200": "h200"}  # gpu: no kind is named, H100 is assumed
 KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # as a device names itself

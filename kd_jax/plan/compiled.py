@@ -122,7 +122,8 @@ def _compiled(program: Program, mesh: Mesh, traced, lowered, own: dict) -> Figur
         if (needed := out_of_memory(str(error))) is None:
             fault = " ".join(str(error).split())[:400]
             return Figures(**own, arguments=arguments, flop=flop, largest=largest, fault=fault)
-        return Figures(**own, arguments=arguments, temporaries=needed, flop=flop, largest=largest)
+        own |= dict(arguments=arguments, temporaries=max(0.0, needed - arguments))
+        return Figures(**own, flop=flop, largest=largest)
     if program.made is not None:
         placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
         program.made[program.kind] = jax.tree.map(placed, traced.out_info, compiled.output_shardings)
@@ -149,7 +150,10 @@ def _products(program: Program, topology: Topology) -> float:
 
 
 def out_of_memory(message: str) -> float | None:
-    """Bytes that the compiler wanted for temporaries, from its refusal; None where it failed for another reason."""
+    """Bytes that the compiler wanted, from its refusal; None where it failed for another reason.
+
+    The total that it calls one of temporaries holds arguments and results too.
+    """
     if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
         return None
     found = re.search(r"\(([\d.]+)([KMGT])\) exceeds|[Uu]sed ([\d.]+)([KMGT]) of", message)

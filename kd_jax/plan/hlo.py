@@ -128,16 +128,33 @@ def _array(dtype: str, shape: str, layout: str | None) -> Array:
 
 
 def trips(op: Op, module: Module) -> int | None:
-    """How often a `while` runs its body; None where that depends on data."""
+    """How often a `while` runs its body; None where that depends on data.
+
+    From the compiler's own statement, or from a condition `counter < constant` and what the body adds to the counter,
+    which begins at 0 (TPUs take two turns of a windowed product at a time, and count by twos).
+    """
     if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', op.rest):
         return int(stated.group(1))
-    condition = module.ops(re.search(r"condition=%?([\w.\-]+)", op.rest).group(1))
+    condition, body = (module.ops(re.search(rf"{key}=%?([\w.\-]+)", op.rest).group(1)) for key in ("condition", "body"))
     root = next(o for o in condition.values() if o.root)
     compared = [condition[name] for name in root.operands if name in condition]
-    constants = [o for o in compared if o.kind == "constant"]
-    if root.kind != "compare" or "direction=LT" not in root.rest or len(constants) != 1:
+    if root.kind != "compare" or "direction=LT" not in root.rest:
         return None
-    return int(constants[0].inside)
+    if [o.kind for o in compared] != ["get-tuple-element", "constant"]:
+        return None
+    counter, limit = int(re.search(r"index=(\d+)", compared[0].rest).group(1)), int(compared[1].inside)
+    return -(-limit // _step(body, counter))
+
+
+def _step(body: dict[str, Op], counter: int) -> int:
+    """What one turn adds to a loop's counter; 1 where that cannot be read."""
+    grown = body.get(next(o for o in body.values() if o.root).operands[counter])
+    while grown is not None and grown.kind in ("copy", "bitcast"):
+        grown = body.get(grown.operands[0])
+    if grown is None or grown.kind != "add":
+        return 1
+    added = [body[name] for name in grown.operands if name in body and body[name].kind == "constant"]
+    return int(added[0].inside) if added and int(added[0].inside) > 0 else 1
 
 
 def counts(module: Module, unknown: int) -> dict[str, int]:

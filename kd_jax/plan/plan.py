@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
@@ -100,7 +101,7 @@ def make(
         if kinds and chain[0].kind not in kinds:
             continue
         figures += compile_chain(chain, mesh, topology, known)
-    large = [f for f in figures if chip and not f.fault and f.peak > chip.usable]
+    large = [f for f in figures if chip and not f.fault and f.peak > chip.hbm]
     problems = [refusal(f, topology, remedies.find(config, f, devices, topology) if fix else "") for f in large]
     said = f"the compiler failed on it ({versions()}), which is no fault of the config"
     faults = [f"{f.label}: {said}: {f.fault}" for f in figures if f.fault]
@@ -116,7 +117,8 @@ def make(
 def _elsewhere(config: ConfigDict, topology: Topology, fix: bool) -> Plan:
     """A plan for more virtual devices than this process has, from a process that has them."""
     flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={topology.chips}"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     asked = {"config": json.loads(config.to_json_best_effort()), "topology": topology.name, "fix": fix}
     command = [sys.executable, "-m", "kd_jax.plan.plan"]
     done = subprocess.run(command, input=json.dumps(asked), env=environment, capture_output=True, text=True)
@@ -128,12 +130,7 @@ def _elsewhere(config: ConfigDict, topology: Topology, fix: bool) -> Plan:
 
 def from_json(plan: dict) -> Plan:
     """The Plan of `dataclasses.asdict`, after JSON."""
-    figures = [
-        Figures(
-            **f | {"collectives": {k: hlo.Traffic(**t) for k, t in f["collectives"].items()}, "runs": tuple(f["runs"])}
-        )
-        for f in plan["figures"]
-    ]
+    figures = [figures_from_json(f) for f in plan["figures"]]
     return Plan(**plan | {"figures": figures, "paces": [hours.Pace(**pace) for pace in plan["paces"]]})
 
 
@@ -176,7 +173,7 @@ def table(plan: Plan, found: Sketch) -> str:
     topology = Topology(plan.topology)
     chip = topology.chip
     mesh = " x ".join(f"{k} {v}" for k, v in plan.mesh.items())
-    what = f"{chip.name}, {chip.usable / GIB:.2f} GiB for programs" if chip else "no chip of the table: no times"
+    what = f"{chip.name}, {chip.hbm / GIB:.2f} GiB for programs" if chip else "no chip of the table: no times"
     lines = [f"{plan.topology}: {topology.chips} devices ({what}), mesh {mesh}"]
     if topology.estimated:
         named = "an H100 is assumed; " if topology.kind == "gpu" else ""
@@ -189,7 +186,7 @@ def table(plan: Plan, found: Sketch) -> str:
             cells += ["-", "compiler failed"]
         elif chip:
             bound, seconds = f.bound(chip)
-            cells += [f"{seconds * 1e3:.3g}", bound if f.peak <= chip.usable else "DOES NOT FIT"]
+            cells += [f"{seconds * 1e3:.3g}", bound if f.peak <= chip.hbm else "DOES NOT FIT"]
         rows.append(cells)
     names = ["per chip", "arguments GiB", "held GiB", "temporaries GiB", "peak GiB", "TFLOP", "HBM GB", "sent GB"]
     lines += ["", *_columns([names + (["ms", "bound"] if chip else []), *rows])]
@@ -213,7 +210,7 @@ def comparison(plans: list[Plan]) -> str:
     for plan in plans:
         topology = Topology(plan.topology)
         peak = max((f.peak for f in plan.figures if not f.fault), default=0.0)
-        usable = f"{topology.chip.usable / GIB:.2f}" if topology.chip else "-"
+        usable = f"{topology.chip.hbm / GIB:.2f}" if topology.chip else "-"
         whole = plan.verdict == "passes" and topology.chip
         cost = [f"{plan.hours:.1f}", f"{plan.hours * topology.chips:.0f}"] if whole else ["-", "-"]
         mesh = "x".join(map(str, plan.mesh.values()))
@@ -230,11 +227,11 @@ def stored(needed: dict[str, float], available: int | None, workdir: str) -> str
 
 def refusal(f: Figures, topology: Topology, remedy: str) -> str:
     """Which program does not fit, by how much, what is large in it, what would help."""
-    over = f.peak - topology.chip.usable
+    over = f.peak - topology.chip.hbm
     by = "more than can be said" if over == float("inf") else f"{over / GIB:.2f} GiB ({over:,.0f} bytes)"
     largest = "; ".join(f.largest[:3])
     return (
-        f"{f.label} needs {f.peak / GIB:.2f} GiB per chip of {topology.chip.usable / GIB:.2f}, {by} too much. "
+        f"{f.label} needs {f.peak / GIB:.2f} GiB per chip of {topology.chip.hbm / GIB:.2f}, {by} too much. "
         f"Largest per chip: {largest}." + (f" What would fix it: {remedy}." if remedy else "")
     )
 

@@ -26,7 +26,7 @@ def find(config: ConfigDict, failed: Figures, devices: list[jax.Device], topolog
             program_chain, mesh = _same(changed, failed, devices, topology)
         except ConfigError:  # a mesh that the rows or the wiring do not allow
             continue
-        room = topology.chip.usable
+        room = topology.chip.hbm
         first = program_chain[0]
         if chip_bytes(first.arguments) + chip_bytes(first.resident) > room:
             continue

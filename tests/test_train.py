@@ -302,3 +302,17 @@ def test_no_decay_on_biases_and_norms():
 def test_recipes_are_checked(change):
     with pytest.raises(ValueError, match="recipes.matched"):
         train.Recipe(**change)
+
+
+def test_the_optimizer_state_is_split_like_the_parameters():
+    mesh = sharding.make_mesh(1, 4, 2)
+    with jax.set_mesh(mesh):
+        tx = optim.optimizer(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip=0.0)
+        model = Transformer(model_config(), jax.random.key(0))
+        model = jax.device_put(model, sharding.shardings(model, mesh))
+        state = loop.init_state(lora.split(model)[0], tx, jax.random.key(2), mesh)
+    kept = {n: x for n, x in zip(sharding.names(state.opt_state), jax.tree.leaves(state.opt_state)) if x.ndim >= 2}
+    assert sum(n.endswith("blocks.mlp.up") for n in kept) == 2  # both moments
+    for name, x in kept.items():
+        if name.endswith(("blocks.attn.q", "blocks.mlp.up", "blocks.mlp.down")):
+            assert x.addressable_shards[0].data.size * 8 == x.size, name

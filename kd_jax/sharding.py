@@ -52,7 +52,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list[jax.
         raise ConfigError(
             f"mesh {dict(zip(AXES, sizes))} needs {int(np.prod(sizes))} devices, there are {len(devices)}"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    try:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    except NotImplementedError as error:  # a torus that these sizes do not divide along its axes
+        shape = dict(zip(AXES, sizes))
+        raise ConfigError(f"mesh {shape} cannot be laid on these devices; try other sizes ({error})") from error
 
 
 def names(tree) -> list[str]:

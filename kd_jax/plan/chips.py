@@ -1,10 +1,10 @@
 """Facts about accelerators, and the devices of a named topology.
 
-Bandwidth of the HBM, peak bfloat16 (dense) and interconnect per chip, as their makers publish them: TPU v4, v5e, v5p,
-Bandwidth of the HBM, peak bfloat16 (dense), interconnect per chip, as their makers publish them: TPU v4, v5e, v5p, and
-(SXM): NVIDIA's data sheets, NVLink one way. HBM is what programs get of it: of a TPU's 32, 16, 95 and 32 GB what the
-compiler's out-of-memory message (libtpu 0.0.42) calls available, of a GPU's 80 and 141 GB the three quarters that JAX
-takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+Bandwidth of the HBM, peak bfloat16 (dense) and interconnect per chip, as their makers publish them. TPU v4, v5e, v5p,
+v6e: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, the interconnect as all of a chip's links one way. A100 80GB, H100 and
+H200 (SXM): NVIDIA's data sheets, NVLink one way. HBM is what programs get of it: of a TPU's 32, 16, 95 and 32 GB what
+the compiler's out-of-memory message (libtpu 0.0.42) calls available, of a GPU's 80 and 141 GB the three quarters that
+JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 """
 
 from __future__ import annotations

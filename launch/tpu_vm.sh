@@ -12,12 +12,13 @@
 # run      start main.py on all workers and follow it; ends with its exit code    --topology --workdir --config
 # status   the slice's state, and the program's on each worker
 # logs     the end of a worker's log                                              [--worker] [--lines]
-# stop     end the program on all workers (SIGTERM, then SIGKILL)
+# stop     end the program on all workers (SIGTERM, and SIGKILL after 120 s: time for a last checkpoint)
 # fetch    copy WORKDIR/report to OUT                                             --workdir [--out]
-# delete   delete the slice and the queued resource NAME, nothing else; never the workdir
+# delete   delete the slice, its disks and the queued resource NAME, nothing else; never a workdir on gs://
 #
 #   --topology=v5e:8x8        as of --stages=plan; all: launch/topologies.txt
-#   --workdir=gs://BUCKET/DIR of the program; workers share it, so that only a slice of one worker may use its own disk
+#   --workdir=gs://BUCKET/DIR of the program. `run` on one worker, without --spot, may use that worker's own disk, which
+#                             is lost with the slice
 #   --config..., -- ...       go to main.py as they are
 #   --spot                    cheaper, may be taken away; `up` then asks for a new slice and runs the same command again
 #   --restarts=20             how often `up` does so
@@ -61,8 +62,8 @@ on_workers() { # WORKERS TEXT: a shell command on the workers
 
 # --- the slice
 
-# NONE, WAITING (on its way in or out), READY, LOST (preempted: only deleting is left) or FAILED. Fails where gcloud
-# gives no answer: without one nothing is created or deleted.
+# NONE, WAITING (on its way in or out), READY, LOST (preempted: only deleting is left), STOPPED (by its user, who may
+# want its disk) or FAILED. Fails where gcloud gives no answer: without one nothing is created or deleted.
 slice_state() {
     local answer
     answer=$(describe queued-resources 'state.state') || return 1
@@ -72,8 +73,8 @@ slice_state() {
     ACTIVE)
         answer=$(describe tpu-vm state) || return 1
         case $answer in
-        READY) echo READY ;;
-        NONE | PREEMPTED | TERMINATED | STOPPED) echo LOST ;;
+        READY | STOPPED) echo "$answer" ;;
+        NONE | PREEMPTED | TERMINATED) echo LOST ;;
         *) echo WAITING ;;
         esac
         ;;
@@ -103,7 +104,7 @@ request() {
 }
 
 create() {
-    local state last=""
+    local state last="" failures=0
     if [ -n "$dry_run" ]; then
         request
         echo "# every $poll s, until ACTIVE and READY:"
@@ -112,7 +113,18 @@ create() {
         return
     fi
     while :; do
-        state=$(slice_state) || return 1
+        if ! state=$(slice_state); then
+            failures=$((failures + 1))
+            say "$name: no answer from Google Cloud ($failures of 10)"
+            if [ "$failures" -ge 10 ]; then
+                echo "error: no answer from Google Cloud. The request for $name, once made, still exists, and costs" \
+                    "money when it is granted. Go on: the same command. End: $end_command" >&2
+                return 1
+            fi
+            sleep "$poll"
+            continue
+        fi
+        failures=0
         [ "$state" = "$last" ] || say "$name: $state"
         last=$state
         case $state in
@@ -122,7 +134,12 @@ create() {
         FAILED)
             echo "error: Google Cloud refused the request for $name. Why:" \
                 "gcloud compute tpus queued-resources describe $name ${where[*]}." \
-                "Then: launch/tpu_vm.sh delete --name=$name ${where[*]}" >&2
+                "Then: $end_command" >&2
+            return 1
+            ;;
+        STOPPED)
+            echo "error: $name was stopped, not by this script; it is left as it is. Go on:" \
+                "gcloud compute tpus tpu-vm start $name ${where[*]}, then the same command. End: $end_command" >&2
             return 1
             ;;
         esac
@@ -200,7 +217,7 @@ follow() {
             [ "$(lost_or 0)" -eq 0 ] || return "$PREEMPTED"
             failures=$((failures + 1))
             if [ "$failures" -ge 10 ]; then
-                echo "error: no answer from the workers of $name, which is ready; the program may still be running" >&2
+                echo "error: no answer from the workers of $name; the program may still be running" >&2
                 return 1
             fi
         fi
@@ -256,20 +273,22 @@ up() {
         say "$name: preempted; restart $restarts of at most $max_restarts"
         sleep "$poll"
     done
-    if [ "$code" -eq 0 ] && fetch; then
-        [ -n "$keep" ] || delete
-    else
-        [ "$code" -ne 0 ] || code=1
-        say "$name still exists and costs money. Look: launch/tpu_vm.sh logs --name=$name ${where[*]}." \
-            "End: launch/tpu_vm.sh delete --name=$name ${where[*]}"
+    if [ "$code" -eq 0 ]; then
+        fetch || say "warning: no report came to $out; all that the program wrote is in $workdir"
+        if [ -z "$keep" ]; then
+            delete && return
+            code=1
+        fi
     fi
+    [ -n "$dry_run" ] || say "$name still exists and costs money. Look:" \
+        "launch/tpu_vm.sh logs --name=$name ${where[*]}. End: $end_command"
     return "$code"
 }
 
 # --- the command line
 
 read_flags() {
-    name="" project="" zone="" topology="" workdir="" config="" out="" dry_run="" keep=""
+    name="" project="" zone="" topology="" workdir="" config="" out="" dry_run="" keep="" spot=""
     hf_token="" max_restarts=20 worker=0 lines=50 poll=60
     create_flags=(--quiet) ssh_flags=(--quiet) copies=(requirements-tpu.txt) overrides=()
     while [ $# -gt 0 ]; do
@@ -281,7 +300,7 @@ read_flags() {
         --workdir=*) workdir=${1#*=} ;;
         --config=*) config=${1#*=} ;;
         --config.*) overrides+=("$1") ;;
-        --spot) create_flags+=(--spot) ;;
+        --spot) spot=yes create_flags+=(--spot) ;;
         --restarts=*) max_restarts=${1#*=} ;;
         --keep) keep=yes ;;
         --copy=*) copies+=("${1#*=}") ;;
@@ -303,6 +322,7 @@ read_flags() {
         shift
     done
     where=("--project=$project" "--zone=$zone")
+    end_command="launch/tpu_vm.sh delete --name=$name ${where[*]}"
     out=${out:-runs/$name}
     program=("--config=$config" "--workdir=$workdir" ${overrides[@]+"${overrides[@]}"})
 }
@@ -330,14 +350,23 @@ check_flags() { # VERB
     [ -z "$hf_token" ] || [ -f "$hf_token" ] || usage_error "--hf-token=$hf_token: no such file"
     case $1 in create | run | up) read_topology ;; esac
     case $1 in run | up | fetch) [ -n "$workdir" ] || usage_error "--workdir is missing" ;; esac
+    case $1 in create | run | up) check_workdir "$1" ;; esac
     case $1 in
     run | up)
         [ -n "$config" ] || usage_error "--config is missing"
         [ -f "$root/${config%%:*}" ] || usage_error "--config=$config: no such file in $root"
-        if [ "$hosts" -gt 1 ] && [[ $workdir != gs://?* ]]; then
-            usage_error "--workdir=$workdir: $topology has $hosts workers, which share the work directory: gs://..."
-        fi
         ;;
+    esac
+}
+
+check_workdir() { # VERB
+    local why=""
+    [ "$1" != up ] || why="up deletes the slice, and with it what is on its disk"
+    [ -z "$spot" ] || why="a spot slice is taken away with what is on its disk"
+    [ "$hosts" -eq 1 ] || why="$topology has $hosts workers, which share the work directory"
+    case $workdir in
+    "" | gs://?*) ;;
+    *) [ -z "$why" ] || usage_error "--workdir=$workdir: $why; give gs://BUCKET/DIR" ;;
     esac
 }
 

@@ -84,13 +84,13 @@ start() {
     echo "$(hostname): started"
 }
 
-stop() {
+stop() { # the program saves a checkpoint first: within one step, and the time that the bucket takes
     [ "$(program_state)" = running ] || return 0
     local group seconds
     group=$(cat "$pid")
     touch "$stopped"
     kill -TERM -- "-$group"
-    for ((seconds = 0; seconds < ${STOP_SECONDS:-60}; seconds++)); do
+    for ((seconds = 0; seconds < ${STOP_SECONDS:-120}; seconds++)); do
         [ "$(program_state)" = running ] || break
         sleep 1
     done

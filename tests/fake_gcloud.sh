@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Plays gcloud for tests/test_launch.py, on the folder $CLOUD: `calls`, one quoted line a call; `state`, of the queued
-# resource; `w0`, `w1`, ..., the workers' homes, on which ssh really runs the command and scp really copies.
+# resource; `node`, of its machines; `answers`, - for each time that it is silent; `bucket`, what lies on gs://; `w0`,
+# `w1`, ..., the workers' homes, on which ssh really runs the command and scp really copies.
 set -euo pipefail
 printf '%q ' "$@" >>"$CLOUD/calls"
 echo >>"$CLOUD/calls"
@@ -26,10 +27,13 @@ case "$1 ${2:-} ${3:-} ${4:-}" in
     ;;
 "compute tpus queued-resources describe")
     [ -z "${DENIED:-}" ] || { echo "ERROR: PERMISSION_DENIED" >&2 && exit 1; }
+    answers=$(cat "$CLOUD/answers" 2>/dev/null || true)
+    printf '%s' "${answers:1}" >"$CLOUD/answers"
+    [ "${answers:0:1}" != - ] || { echo "ERROR: UNAVAILABLE" >&2 && exit 1; }
     [ -n "$state" ] || { echo "ERROR: NOT_FOUND: Resource was not found." >&2 && exit 1; }
     echo "$state"
     ;;
-"compute tpus tpu-vm describe") echo READY ;;
+"compute tpus tpu-vm describe") cat "$CLOUD/node" 2>/dev/null || echo READY ;;
 "compute tpus queued-resources delete")
     for pid in "$CLOUD"/w*/kd_jax/log/pid; do # a machine takes its programs with it
         [ ! -f "$pid" ] || kill -KILL -- "-$(cat "$pid")" 2>/dev/null || true
@@ -48,6 +52,9 @@ case "$1 ${2:-} ${3:-} ${4:-}" in
     [ "$state" = ACTIVE ] || exit 255
     for ((i = 0; i < WORKERS; i++)); do cp "$5" "$6" "$CLOUD/w$i/"; done
     ;;
-"storage cp "*) mkdir -p "$5/report" ;;
+"storage cp "*)
+    [ -d "$CLOUD/bucket/report" ] || { echo "ERROR: The following URLs matched no objects or files" >&2 && exit 1; }
+    cp -r "$CLOUD/bucket/report" "$5/"
+    ;;
 *) exit 64 ;;
 esac

@@ -28,7 +28,7 @@ CONFIGS = re.compile(r"configs/(?:gpt2_kd|opt_kd|llama2_kd)\.py(?::\w[\w.,]*\w)?
 
 # What stands in for main.py: notes its arguments and ends as $CLOUD/plan says, a line for each start on this worker.
 PROGRAM = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 cloud, worker = Path(os.environ["CLOUD"]), os.environ["WORKER"]
 seen = cloud / f"starts-{worker}"
@@ -43,6 +43,21 @@ if what == "taken":
     time.sleep(0.5)
 elif what.startswith("sleep"):
     time.sleep(float(what[5:]))
+elif what == "saves":  # a last checkpoint, which takes its time
+    def save(*_):
+        time.sleep(1)
+        (cloud / "saved").touch()
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, save)
+    (cloud / "ready").touch()
+    time.sleep(90)
+elif what == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (cloud / "ready").touch()
+    time.sleep(90)
+elif what == "0" and not any(a.startswith("--stages=") for a in sys.argv):
+    (cloud / "bucket" / "report").mkdir(parents=True, exist_ok=True)
+    (cloud / "bucket" / "report" / "summary.txt").write_text("leaks")
 else:
     sys.exit(int(what))
 """
@@ -193,6 +208,9 @@ def test_a_slice_is_asked_for_without_spot_unless_told(cloud):
             ["run", *PLACE, *GIVEN, "--topology=v5e:8x8", "--workdir=runs/x"],
             "16 workers, which share the work directory",
         ),
+        (["up", *PLACE, *GIVEN, "--topology=v5e:2x4", "--workdir=runs/x"], "up deletes the slice"),
+        (["run", *PLACE, *GIVEN, "--topology=v5e:2x4", "--workdir=runs/x", "--spot"], "a spot slice is taken away"),
+        (["create", *PLACE, "--topology=v5e:2x4", "--workdir=runs/x", "--spot"], "a spot slice is taken away"),
         (["run", *PLACE, "--topology=v5e:8x8", "--workdir=gs://b/x"], "--config is missing"),
         (["run", *PLACE, "--topology=v5e:8x8", "--config=configs/tiny.py"], "--workdir is missing"),
         (["run", *PLACE, *GIVEN, "--topology=v5e:8x8", "--config=configs/typo.py:x"], "no such file"),
@@ -225,8 +243,25 @@ def test_up_creates_runs_fetches_and_deletes_and_passes_every_setting_whole(clou
     assert cloud.verbs() == ["create", "delete"] and not (cloud.folder / "state").exists()
     for worker in range(4):
         assert cloud.starts(worker) == [[*GIVEN, HARD, "--stages=train,score", "--only="]]
-    assert (cloud.folder / "out" / "report").is_dir()
+    assert "no report came" in done.stderr and "in gs://bucket/my dir" in done.stderr
     assert not Path("/tmp/never").exists()
+
+
+def test_up_brings_the_report_home_and_then_deletes_the_slice(cloud):
+    done = cloud.up(["0"])
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    assert (cloud.folder / "out" / "report" / "summary.txt").read_text() == "leaks"
+    assert cloud.verbs() == ["create", "delete"] and cloud.calls[-1][3] == "delete"
+
+
+def test_a_slice_that_is_kept_is_said_to_cost_money(cloud):
+    done = cloud.up(["0"], "v5e:2x4", "--keep")
+    assert done.returncode == 0 and cloud.verbs() == ["create"] and "costs money" in done.stderr
+
+
+def test_one_worker_may_use_its_own_disk_where_nothing_deletes_it(cloud):
+    done = cloud("run", *PLACE, *GIVEN, "--topology=v5e:2x4", "--workdir=runs/x", "--dry-run")
+    assert done.returncode == 0 and "--workdir=runs/x" in done.stdout, done.stderr
 
 
 def test_only_the_program_is_copied_and_it_replaces_what_was_there(cloud):
@@ -326,9 +361,47 @@ def test_a_stopped_program_is_not_started_again(cloud):
     assert running.wait(30) == 143
 
 
+@pytest.mark.parametrize("what, seconds, saved", [("saves", "30", True), ("deaf", "1", False)])
+def test_stop_gives_the_program_its_time_and_then_ends_it(cloud, what, seconds, saved):
+    (cloud.folder / "plan").write_text(what)
+    assert cloud("create", *PLACE, "--topology=v5e:2x4", "--poll=0").returncode == 0
+    assert cloud("setup", *PLACE).returncode == 0
+    run = ["run", *PLACE, *GIVEN, "--topology=v5e:2x4", "--poll=0"]
+    running = subprocess.Popen(cloud.command(*run), env=cloud.environment, stderr=subprocess.DEVNULL)
+    while not (cloud.folder / "ready").exists():
+        time.sleep(0.05)
+    started = time.monotonic()
+    assert cloud("stop", *PLACE, STOP_SECONDS=seconds).returncode == 0
+    assert time.monotonic() - started < 15 and (cloud.folder / "saved").exists() == saved
+    assert running.wait(30) == 143, "stopped on purpose, so not 75"
+
+
+def test_both_launchers_give_the_same_time_for_a_last_checkpoint():
+    told = re.search(r"STOP_SECONDS:-(\d+)", (ROOT / "launch" / "tpu_worker.sh").read_text())[1]
+    assert int(told) == parts(render())[1]["terminationGracePeriodSeconds"] == 120
+
+
 def test_without_an_answer_nothing_is_created_or_deleted(cloud):
     done = cloud.up(["0"], DENIED="yes")
-    assert done.returncode == 1 and "PERMISSION_DENIED" in done.stderr and cloud.verbs() == []
+    assert done.returncode == 1 and done.stderr.count("PERMISSION_DENIED") == 10 and cloud.verbs() == []
+    assert "costs money" in " ".join(done.stderr.split()) and "launch/tpu_vm.sh delete --name=kd" in done.stderr
+
+
+def test_waiting_survives_up_to_nine_silences_in_a_row(cloud):
+    (cloud.folder / "answers").write_text("-" * 9 + "+" + "-" * 9)  # before the request is made, and after
+    done = cloud.up(["0"])
+    assert done.returncode == 0 and done.stderr.count("UNAVAILABLE") == 18, done.stderr
+    assert cloud.verbs() == ["create", "delete"]
+
+
+def test_a_slice_that_its_user_stopped_is_left_alone(cloud):
+    assert cloud("create", *PLACE, "--topology=v5e:2x4", "--poll=0").returncode == 0
+    (cloud.folder / "node").write_text("STOPPED\n")
+    for done in (cloud.up(["0"]), cloud("create", *PLACE, "--topology=v5e:2x4", "--poll=0")):
+        assert done.returncode == 1 and "gcloud compute tpus tpu-vm start kd --project" in done.stderr
+    assert cloud.verbs() == ["create"]
+    (cloud.folder / "node").unlink()
+    assert cloud.up(["0"]).returncode == 0
 
 
 def test_a_refused_request_stops(cloud):
@@ -395,6 +468,7 @@ JOBSET = {
                             "metadata": {"labels": ANY, "annotations": ANY},
                             "spec": {
                                 "restartPolicy": str,
+                                "shareProcessNamespace": bool,
                                 "serviceAccountName": str,
                                 "terminationGracePeriodSeconds": int,
                                 "nodeSelector": ANY,
@@ -470,13 +544,14 @@ def test_a_manifest_asks_for_one_pod_on_each_host():
     assert "privileged" not in yaml.safe_dump(manifest) and "cloud.google.com/gke-spot" not in str(render())
 
 
-def test_exit_75_and_evictions_restart_and_all_else_fails():
+def test_preemptions_and_lost_hosts_restart_and_all_else_fails():
     manifest = render("--restarts=7")
     job, pod, container = parts(manifest)
     assert job["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
+    assert pod["shareProcessNamespace"] is True, "as process 1 of its container an aborted program ends with 139"
     rules = job["podFailurePolicy"]["rules"]
     assert all(r["action"] == "FailJob" and len(r) == 2 for r in rules), "a rule has one requirement"
-    assert rules[0]["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [75]}
+    assert rules[0]["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [75, 134]}
     assert rules[1]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     policy = manifest["spec"]["failurePolicy"]
     assert policy["maxRestarts"] == 7

@@ -44,7 +44,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--service-account", default="", help="Kubernetes service account that may use the bucket")
     add("--hf-secret", default="", help="Secret whose key `token` is a Hugging Face token, for gated weights")
     add("--checkout", default="/opt/kd_jax", help="the checkout's folder in the image (default: %(default)s)")
-    add("--restarts", type=int, default=20, help="after preemptions; any other failure stops (default: %(default)s)")
+    add(
+        "--restarts",
+        type=int,
+        default=20,
+        help="after preemptions and lost hosts; else a failure stops (default: %(default)s)",
+    )
     add("--spot", action="store_true", help="spot nodes")
     own, rest = argv, []
     if "--" in argv:

@@ -11,6 +11,7 @@ import dataclasses
 from pathlib import Path
 
 PREEMPTED = 75  # EX_TEMPFAIL: what main.py ends with where it wants to be started again
+ABANDONED = 134  # SIGABRT: how jax.distributed ends a process that misses another, whose host may be gone
 TABLE = Path(__file__).parent.parent / "topologies.txt"
 
 
@@ -71,7 +72,7 @@ def jobset(
         arguments: of main.py, one string each; no shell sees them.
         service_account: the Kubernetes account whose identity may use the workdir's bucket; "" for the namespace's own.
         hf_secret: a Secret whose key `token` is a Hugging Face token, for gated weights.
-        restarts: how often the JobSet is made again after a preemption. Any other failure ends it.
+        restarts: how often the JobSet is made again after a preemption or the loss of a host. All else ends it.
     """
     container = {
         "name": "main",
@@ -86,6 +87,8 @@ def jobset(
         container["env"] = [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": hf_secret, "key": "token"}}}]
     pod = {
         "restartPolicy": "Never",
+        # Else the program is process 1 of its container, on which SIGABRT has no effect: abort() then ends as 139.
+        "shareProcessNamespace": True,
         "terminationGracePeriodSeconds": 120,  # for the last checkpoint; a spot node may grant less
         "nodeSelector": {
             "cloud.google.com/gke-tpu-accelerator": slice_.accelerator,
@@ -129,7 +132,7 @@ def _job(hosts: int, pod: dict) -> dict:
             "rules": [
                 {
                     "action": "FailJob",
-                    "onExitCodes": {"containerName": "main", "operator": "In", "values": [PREEMPTED]},
+                    "onExitCodes": {"containerName": "main", "operator": "In", "values": [PREEMPTED, ABANDONED]},
                 },
                 # `status` is spelled out: JobSet's schema asks for it where Job's has a default.
                 {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kd_jax import checkpoint, lora, manifest, optim, sharding
+from kd_jax import checkpoint, lora, manifest, optim, processes, sharding
 from kd_jax.checkpoint import Checkpoints
 from kd_jax.distill import feeds
 from kd_jax.distill.ledger import Ledger
@@ -27,12 +27,16 @@ from kd_jax.transformer import Transformer
 
 
 def init_state(model: Transformer, tx: optax.GradientTransformation, rng: jax.Array, mesh: Mesh) -> TrainState:
-    """Fresh state on the mesh; the optimizer state gets the parameters' shardings (a bare jit would replicate it)."""
+    """Fresh state on the mesh; the optimizer state gets the parameters' shardings (a bare jit would replicate it).
+
+    `model` is given up: its buffers become the state's.
+    """
 
     def make(model):
         return TrainState(jnp.zeros((), jnp.int32), model, tx.init(model), jax.random.key_data(rng))
 
-    return jax.jit(make, out_shardings=sharding.shardings(jax.eval_shape(make, model), mesh))(model)
+    placed = sharding.shardings(jax.eval_shape(make, model), mesh)
+    return jax.jit(make, out_shardings=placed, donate_argnums=0)(model)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +93,8 @@ def fit(
             task.feed.restore(feed_state)
         with Metrics(task.folder, step=start) as metrics:
             loop = Loop(task, recipe, teacher, frozen, step_fn, rate, mesh, checkpoints, metrics)
-            state = loop.run(state, start)
+            with processes.patience():
+                state = loop.run(state, start)
     return loop.result(state)
 
 
@@ -152,7 +157,8 @@ class Loop:
             rate = np.float32(self.rate(step - 1))
             state, values = self.step_fn(state, self.frozen, self.teacher, self._place(batch), plain, rate)
             window.append(values)
-            if step % log_every == 0 or step in evaluate_at or step in save_at:
+            stop = processes.preempted()
+            if step % log_every == 0 or step in evaluate_at or step in save_at or stop:
                 # the only host sync of the loop: one fetch for the whole window, after its last step was dispatched
                 row = _summary(jax.device_get(window), time.perf_counter() - since)
                 self._check(row, step, len(window))
@@ -163,13 +169,15 @@ class Loop:
                     self._evaluate(state, step, row)
                 else:
                     self.metrics.write(step, row)
-                if step in save_at:
+                if step in save_at or stop:
                     ledger.write(step)
                     self.checkpoints.save(step, state, task.feed.state(), task.iterators)
                 window, since = [], time.perf_counter()
             if step in keep_at:
                 kept = task.folder / "trajectory" / f"step-{step}"
                 checkpoint.save_params(kept, lora.merge(lora.join(state.model, self.frozen)))
+            if stop:
+                raise processes.Preempted
         bar.close()
         return state
 
@@ -193,14 +201,14 @@ class Loop:
         if rule is None or step == 0:
             return
         folder, (key, sign) = self.task.folder / "best", rule
-        found = manifest.read(folder)
+        found = processes.agree(manifest.read(folder))
         # A better one of a later step was found before the run was interrupted; the same step will find it again.
         if found is None or found["facts"]["step"] > step or sign * self.last[key] < sign * found["facts"]["dev"][key]:
             checkpoint.save_params(folder / "params", lora.merge(lora.join(state.model, self.frozen)))
             manifest.write(folder, {"select": self.recipe.select}, {"step": step, "dev": self.last})
 
     def _measure(self, state: TrainState) -> dict[str, float]:
-        found = self.task.evaluate(lora.join(state.model, self.frozen))
+        found = processes.agree(self.task.evaluate(lora.join(state.model, self.frozen)))
         if not all(map(math.isfinite, found.values())):
             raise FloatingPointError(
                 f"{self.task.label}: an evaluation is not finite ({found}): lower the learning rate"

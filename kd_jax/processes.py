@@ -7,10 +7,16 @@ does nothing.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import itertools
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import uuid
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
@@ -20,6 +26,12 @@ from jax.experimental import multihost_utils
 from kd_jax import storage
 from kd_jax.errors import ConfigError
 from kd_jax.storage import Path
+
+TRY_AGAIN = 75  # exit code of a program that was preempted: launchers start it again
+
+
+class Preempted(BaseException):
+    """The machine is being taken away: what there is has been saved, the same command continues."""
 
 
 def initialize(coordinator: str = "", count: int = 0, index: int = -1, *, always: bool = False) -> None:
@@ -34,15 +46,21 @@ def initialize(coordinator: str = "", count: int = 0, index: int = -1, *, always
     Raises ConfigError where a coordinator comes without count or index, or nothing is found to join.
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
-    count = count or int(os.environ.get("JAX_NUM_PROCESSES", 0))
-    index = index if index >= 0 else int(os.environ.get("JAX_PROCESS_ID", -1))
+    told = [os.environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
+    if not all(value.isdecimal() for value in told if value):
+        raise ConfigError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers, they are {told}")
+    count = count or int(told[0] or 0)
+    index = index if index >= 0 else int(told[1] or -1)
     if coordinator:
         if not 0 <= index < count:
             raise ConfigError(
                 f"--coordinator={coordinator} needs --processes above 0 and --process from 0 to below it (or "
                 f"JAX_NUM_PROCESSES and JAX_PROCESS_ID), got {count} and {index}"
             )
-        jax.distributed.initialize(coordinator, count, index)
+        try:
+            jax.distributed.initialize(coordinator, count, index)
+        except RuntimeError as error:
+            raise ConfigError(f"--coordinator={coordinator}: not all {count} processes met there ({error})") from error
     elif always:
         try:
             jax.distributed.initialize()
@@ -50,24 +68,67 @@ def initialize(coordinator: str = "", count: int = 0, index: int = -1, *, always
             raise ConfigError(f"--distributed: no other processes were found to join ({error})") from error
 
 
-def fail(message: str) -> NoReturn:
-    """End with exit code 1 and a message; at once where others wait, who then end by themselves.
+def several() -> bool:
+    """Are there other processes to wait for? Not before `initialize`, nor after `leave`."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """End with a message and an exit code; at once where others wait, who then end by themselves.
 
     A normal exit would wait minutes for processes that wait for this one.
     """
-    if not jax.distributed.is_initialized():
-        sys.exit(message)
     print(message, file=sys.stderr, flush=True)
-    os._exit(1)
+    if jax.distributed.is_initialized():
+        os._exit(code)
+    sys.exit(code)
 
 
 def leave() -> bool:
     """Part from the other processes when the devices' work is done. True for the one that goes on alone."""
     goes_on = first()
-    if jax.process_count() > 1:
+    if several():
         barrier("done")
+    if jax.distributed.is_initialized():
         jax.distributed.shutdown()
     return goes_on
+
+
+# ------------------------------------------------------------------------------------------------------ preemption
+
+_asked, _patient, _points = threading.Event(), threading.Event(), itertools.count()
+
+
+def watch() -> None:
+    """Let SIGTERM, by which clouds take a machine away, raise Preempted: at once, or where `patience` says so.
+
+    With several processes `jax.distributed` has the signal, and lets all of them stop at the same step.
+    """
+    signal.signal(signal.SIGTERM, _ask)
+
+
+def _ask(*_) -> None:
+    _asked.set()
+    if not _patient.is_set():
+        raise Preempted
+
+
+@contextlib.contextmanager
+def patience() -> Iterator[None]:
+    """Work that asks `preempted` itself, and saves before it stops."""
+    _patient.set()
+    try:
+        yield
+    finally:
+        _patient.clear()
+
+
+def preempted() -> bool:
+    """Is the machine being taken away? The same answer on every process; all ask equally often."""
+    return multihost_utils.reached_preemption_sync_point(next(_points)) if several() else _asked.is_set()
+
+
+# -------------------------------------------------------------------------------------------------------- agreement
 
 
 def first() -> bool:
@@ -82,13 +143,13 @@ def turn(index: int) -> bool:
 
 def barrier(name: str) -> None:
     """Wait for all processes, for example until a file that the first one writes is there."""
-    if jax.process_count() > 1:
+    if several():
         multihost_utils.sync_global_devices(name)
 
 
 def agree(value):
     """The first process's value (anything that JSON holds) on every process."""
-    if jax.process_count() == 1:
+    if not several():
         return value
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
@@ -106,17 +167,16 @@ def once(work: Callable[[], object], name: str) -> None:
 
 def to_host(x: jax.Array) -> np.ndarray:
     """A global array as a whole on every process's host."""
-    if jax.process_count() == 1 or not isinstance(x, jax.Array) or x.is_fully_replicated or x.is_fully_addressable:
+    if not several() or not isinstance(x, jax.Array) or x.is_fully_replicated or x.is_fully_addressable:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def check_shared(workdir: Path) -> None:
     """Raises ConfigError where the processes do not see the same work directory (a local disk of each machine)."""
-    if jax.process_count() == 1:
+    if not several():
         return
-    mark = workdir / f".shared-{agree(os.getpid())}"
-
+    mark = workdir / f".shared-{agree(uuid.uuid4().hex)}"
     once(lambda: storage.write_text(mark, ""), "work directory")
     seen = multihost_utils.process_allgather(np.array(mark.exists()))
     once(mark.unlink, "work directory seen")
@@ -124,4 +184,18 @@ def check_shared(workdir: Path) -> None:
         raise ConfigError(
             f"--workdir={workdir}: {int((~seen).sum())} of {len(seen)} processes do not see what the first one writes "
             "there; all need one shared directory (gs://..., or a network file system)"
+        )
+
+
+def check_same(facts: dict[str, object]) -> None:
+    """Raises ConfigError, on every process, naming the facts that are not the same on all of them."""
+    if not several():
+        return
+    words = [hashlib.sha256(json.dumps(v, sort_keys=True, default=str).encode()).digest()[:4] for v in facts.values()]
+    seen = multihost_utils.process_allgather(np.frombuffer(b"".join(words), np.uint32))
+    other = [name for name, column in zip(facts, seen.T) if len(set(column.tolist())) > 1]
+    if other:
+        raise ConfigError(
+            f"the processes differ in {', '.join(other)}: start all of them from one checkout, with the same flags and "
+            "the same files"
         )

@@ -110,7 +110,7 @@ def _search(folder: Path, rates: tuple[float, ...], fit: Callable[[float, Path],
     tried: dict[float, dict] = {}
     for lr in rates:
         place = folder / f"lr{lr:g}"
-        if (found := manifest.read(place)) is None:
+        if (found := processes.agree(manifest.read(place))) is None:
             try:
                 facts = fit(lr, place)
             except FloatingPointError as error:

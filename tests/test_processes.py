@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -45,35 +47,59 @@ MESHES = {1: (2, 2, 1), 2: (1, 2, 2), 4: (2, 1, 2)}  # processes -> data, fsdp, 
 RUNS = ("init_student", "teacher", "students/kd", "students/seqkd", "students/minillm")
 
 
-def launch(workdir: Path, count: int, mesh: tuple[int, int, int]) -> None:
-    """Train and score with `count` processes that hold four devices together; fails with what they said."""
-    config = workdir.parent / "study.py"
-    config.write_text(STUDY)
+def begin(
+    workdir: Path, count: int, mesh: tuple, *, stages="train,score", steps=4, kd_alone=False, own: dict | None = None
+) -> list[subprocess.Popen]:
+    """Start `count` processes; they write logs beside the work directory. own: further flags by process."""
+    config, text = workdir.parent / "study.py", STUDY.replace("steps=4", f"steps={steps}")
+    config.write_text(text.replace(', "students/seqkd", "students/minillm"', "") if kd_alone else text)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiling is the cost here
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count} {quick}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={int(np.prod(mesh)) // count} {quick}",
     }
-    command = [sys.executable, "main.py", f"--config={config}", f"--workdir={workdir}", "--stages=train,score"]
+    command = [sys.executable, "main.py", f"--config={config}", f"--workdir={workdir}"]
+    command += [f"--stages={stages}"] if stages else []
     command += [f"--config.mesh.{axis}={size}" for axis, size in zip(("data", "fsdp", "tensor"), mesh)]
     joined = [f"--coordinator=127.0.0.1:{port}", f"--processes={count}"] if count > 1 else []
-    logs = [(workdir.parent / f"{workdir.name}-{i}.log") for i in range(count)]
-    started = [
+    return [
         subprocess.Popen(
-            [*command, *joined, *([f"--process={i}"] if joined else [])],
+            [*command, *joined, *([f"--process={i}"] if joined else []), *(own or {}).get(i, [])],
             cwd=ROOT, env=environment, stdout=log.open("w"), stderr=subprocess.STDOUT,
         )
-        for i, log in enumerate(logs)
+        for i, log in enumerate(logs(workdir, count))
     ]  # fmt: skip
+
+
+def logs(workdir: Path, count: int) -> list[Path]:
+    return [workdir.parent / f"{workdir.name}-{i}.log" for i in range(count)]
+
+
+def said(workdir: Path, count: int) -> str:
+    return "\n".join(log.read_text()[-2000:] for log in logs(workdir, count))
+
+
+def wait_for(ready, started: list[subprocess.Popen]) -> None:
+    for _ in range(3000):
+        if ready():
+            return
+        assert all(process.poll() is None for process in started), "ended before its time"
+        time.sleep(0.1)
+    raise AssertionError("waited for five minutes")
+
+
+def launch(workdir: Path, count: int, mesh: tuple[int, int, int]) -> None:
+    """Train and score with `count` processes that hold four devices together; fails with what they said."""
+    started = begin(workdir, count, mesh)
     try:
         codes = [process.wait(timeout=900) for process in started]
     finally:
         for process in started:
             process.kill()
-    assert codes == [0] * count, "\n".join(log.read_text()[-2000:] for log in logs)
+    assert codes == [0] * count, said(workdir, count)
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +215,36 @@ def test_with_one_process_nothing_is_waited_for(tmp_path):
     processes.check_shared(tmp_path / "new")
     assert processes.leave()
     np.testing.assert_array_equal(processes.to_host(np.arange(3)), [0, 1, 2])
+
+
+def test_a_pod_runs_all_stages_and_stops_together_when_it_is_taken_away(tmp_path):
+    """Two processes: SIGTERM to one of them in training, then the same command to the closing line."""
+    workdir = tmp_path / "pod"
+    started = begin(workdir, 2, (2, 1, 1), stages="", kd_alone=True)
+    wait_for(lambda: (workdir / "runs" / "teacher" / "seed0" / "metrics.jsonl").exists(), started)
+    started[1].send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=600) for process in started] == [processes.TRY_AGAIN] * 2, said(workdir, 2)
+    assert "preempted: the same command continues" in said(workdir, 2)
+    assert not (workdir / "report").exists()
+    started = begin(workdir, 2, (2, 1, 1), stages="", kd_alone=True)
+    assert [process.wait(timeout=600) for process in started] == [0, 0], said(workdir, 2)
+    assert "Report: " in said(workdir, 2) and (workdir / "report" / "index.html").exists()
+
+
+def test_one_process_saves_on_sigterm_and_goes_on(tmp_path):
+    workdir = tmp_path / "alone"
+    (started,) = begin(workdir, 1, (1, 1, 1), stages="train", steps=400, kd_alone=True)
+    lines = workdir / "runs" / "teacher" / "seed0" / "metrics.jsonl"
+    wait_for(lambda: lines.exists() and len(lines.read_text().splitlines()) > 3, [started])
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(timeout=100) == processes.TRY_AGAIN, said(workdir, 1)
+    last = json.loads(lines.read_text().splitlines()[-1])["step"]
+    kept = [int(p.name) for p in (lines.parent / "checkpoints").iterdir() if p.name.isdigit()]
+    assert kept == [last] and last < 400
+
+
+def test_processes_that_differ_are_refused(tmp_path):
+    workdir = tmp_path / "differ"
+    started = begin(workdir, 2, (2, 1, 1), kd_alone=True, own={1: ["--config.recipes.matched.lr=1e-3"]})
+    assert [process.wait(timeout=300) for process in started] == [1, 1]
+    assert "the processes differ in config" in said(workdir, 2)

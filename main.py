@@ -60,9 +60,7 @@ PROCESSES = flags.DEFINE_integer("processes", 0, "number of processes, with --co
 PROCESS = flags.DEFINE_integer("process", -1, "which of them this is, from 0")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "join the other workers of a TPU pod or cluster")
 CHOSEN = flags.DEFINE_list("stages", None, f"plan, or of {', '.join(STAGES)}; default all, with --only train,score")
-TOPOLOGY = flags.DEFINE_multi_string(
-    "topology", [], "of a plan: v5e:8x8, v5p:4x4x4, gpu:8, ...; may be repeated"
-)
+TOPOLOGY = flags.DEFINE_multi_string("topology", [], "of a plan: v5e:8x8, v5p:4x4x4, gpu:8, ...; may be repeated")
 ONLY = flags.DEFINE_string("only", "", "train and score one run alone, e.g. students/kd")
 EXPORT = flags.DEFINE_string("export", "", "write the run named by --only as a Hugging Face folder, and stop")
 
@@ -84,10 +82,15 @@ def main(_: list[str]) -> None:
         if everything and (last := experiment.last_result(config, workdir)):
             print(f"All done before.\n{last}")
             return
+        processes.watch()
         processes.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value, always=DISTRIBUTED.value)
         processes.check_shared(workdir)
+        if not processes.first():
+            logging.getLogger("kd_jax").setLevel(logging.WARNING)  # what the first one says is enough
+        processes.check_same(experiment.result_inputs(config))
         with jax.set_mesh(sharding.make_mesh(**config.mesh)):
             study = open_study(config, workdir, jax.sharding.get_mesh(), ONLY.value)
+            processes.check_same(study.data.fingerprints())
             if EXPORT.value:
                 return experiment.export(study, ONLY.value, Path(EXPORT.value))
             for name, stage in STAGES.items():
@@ -102,6 +105,8 @@ def main(_: list[str]) -> None:
             print(experiment.record_result(study))
     except EXPECTED as error:
         processes.fail(f"error: {error}")
+    except processes.Preempted:
+        processes.fail("preempted: the same command continues from here", processes.TRY_AGAIN)
     except KeyboardInterrupt:
         processes.fail("interrupted: the same command continues from the last checkpoint")
     except Exception:

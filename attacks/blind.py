@@ -21,6 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from attacks.statistics import Influence, Interval, auc_influence, logit_interval
+from attacks.tables import TableError
 
 FOLDS = 5
 GREEDY_PICKS = 30
@@ -38,10 +39,11 @@ class Features(NamedTuple):
     surface: np.ndarray
 
 
-def features(text: pd.DataFrame, token_counts: np.ndarray) -> Features:
+def features(text: pd.DataFrame, token_counts: np.ndarray | None) -> Features:
     """Features of a text table (columns prompt_ids, response_ids, f_*).
 
-    token_counts [V]: how often each token occurs in the public role, for the mean log-frequency.
+    token_counts [V]: how often each token occurs in the public role, for the mean log-frequency; without it there is
+    no such feature.
     n-grams of a single document are left out: they cannot link a test record to a training record.
     """
     documents = [np.concatenate(pair) for pair in zip(text["prompt_ids"], text["response_ids"], strict=True)]
@@ -54,11 +56,17 @@ def features(text: pd.DataFrame, token_counts: np.ndarray) -> Features:
             gram = np.unique(gram[:-1], return_inverse=True)[1] * base + ids[n - 1 :]
         inside = owner[: len(gram)] == owner[n - 1 :]
         grams.append(_counts(gram[inside], owner[: len(gram)][inside], len(documents)))
-    smoothed = token_counts + 1
-    frequency = np.log(smoothed / smoothed.sum())
-    mean_frequency = np.bincount(owner, frequency[ids], len(documents)) / np.maximum(lengths, 1)
-    sizes = [text[name].map(len).to_numpy() for name in ("prompt_ids", "response_ids")]
-    surface = np.column_stack([text[[c for c in text if c.startswith("f_")]].to_numpy(float), mean_frequency, *sizes])
+    columns = [text[[c for c in text if c.startswith("f_")]].to_numpy(float)]
+    if token_counts is not None:
+        if len(token_counts) < base:
+            raise TableError(
+                f"text/token_counts.npz counts {len(token_counts)} ids, the text tables have id {base - 1}"
+            )
+        smoothed = token_counts + 1
+        frequency = np.log(smoothed / smoothed.sum())
+        columns.append(np.bincount(owner, frequency[ids], len(documents)) / np.maximum(lengths, 1))
+    columns += [text[name].map(len).to_numpy() for name in ("prompt_ids", "response_ids")]
+    surface = np.column_stack(columns)
     return Features(grams[0], sparse.hstack(grams, format="csr"), surface)
 
 
@@ -122,10 +130,13 @@ CLASSIFIERS: dict[str, Callable] = {
 }
 
 
-def blind_aucs(text: pd.DataFrame, member: np.ndarray, token_counts: np.ndarray, seed: int) -> dict[str, Influence]:
+def blind_aucs(
+    text: pd.DataFrame, member: np.ndarray, token_counts: np.ndarray | None, seed: int
+) -> dict[str, Influence]:
     """Fold-averaged AUC of every classifier, with influences in the order of the members and non-members in `text`.
 
     text: one row per evaluated record (group, prompt_ids, response_ids, f_*).  member: bool [d].
+    token_counts: see `features`.
     Raises TooFew where a fold would lack a class.
     """
     m, n, groups = member.sum(), (~member).sum(), text["group"].nunique()

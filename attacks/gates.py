@@ -16,7 +16,7 @@ from attacks.blind import TooFew, blind_aucs, blind_interval
 from attacks.rows import against_chance, auc_of, by_seed, compare, estimate, same_examples
 from attacks.statistics import Difference, Influence, Interval, holm
 from attacks.study import CANARIES, Pair, Study, Unresolved
-from attacks.tables import read_text
+from attacks.tables import read_counts, read_text
 
 NOT_RUN = "not run"
 SEPARATED = "the text alone separates the classes: no headline"
@@ -121,14 +121,17 @@ def _evaluated(study: Study, role_pair: str) -> Pair:
 
 def _blind_aucs(study: Study, scores_dir: str | Path, pair: Pair) -> dict[str, Influence]:
     roles = ["canary"] if pair.role_pair == CANARIES else pair.role_pair.split("-")
-    folder = Path(scores_dir) / "text"
-    needed = [*(f"{role}.parquet" for role in roles), "token_counts.npz"]
+    folder, needed = Path(scores_dir) / "text", [f"{role}.parquet" for role in roles]
+    counts = read_counts(scores_dir)
+    if counts is None and study.splits is not None and (study.splits["role"] == "public").any():
+        needed.append("token_counts.npz")
     if absent := [f"text/{name}" for name in needed if not (folder / name).exists()]:
         raise Unresolved(f"not beside the score tables: {', '.join(absent)}")
-    text, counts = pd.concat([read_text(scores_dir, role) for role in roles]), np.load(folder / needed[-1])["counts"]
-    ids = np.concatenate([pair.member_ids, pair.nonmember_ids])
+    text, ids = pd.concat([read_text(scores_dir, role) for role in roles]), [*pair.member_ids, *pair.nonmember_ids]
     if absent := int((~np.isin(ids, text.index)).sum()):
         raise Unresolved(f"the text tables lack {absent} of the {len(ids)} evaluated records")
+    if counts is None:
+        study.note("Blind gate: without public records, no classifier sees how frequent a text's tokens are elsewhere.")
     member = np.arange(len(ids)) < len(pair.member_ids)
     found = blind_aucs(text.loc[ids], member, counts, study.settings["seed"])
     return {name: auc.grouped(pair.groups) for name, auc in found.items()}

@@ -187,6 +187,8 @@ def dc_pdd(tokens: Tokens, counts: np.ndarray, a: float = 0.01) -> np.ndarray:
 def dc_pdd_terms(tokens: Tokens, counts: np.ndarray) -> np.ndarray:
     """`p_t log(1 / f_t)` of the first occurrences, before they are capped."""
     first = first_occurrence(tokens)
+    if len(targets := tokens.token["target_id"]) and targets.max() >= len(counts):
+        raise CannotScore(f"text/token_counts.npz counts {len(counts)} ids, the tables have id {targets.max()}")
     rarity = -np.log((counts + 1) / (counts.sum() + len(counts)))
     return np.exp(tokens.token["logp"][first].astype(np.float64)) * rarity[tokens.token["target_id"][first]]
 

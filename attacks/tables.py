@@ -7,6 +7,7 @@ SCORES/pairs/<a>__<b>/seed<k>/<role>-00000.parquet: run b beside its teacher a, 
 """
 
 import json
+import zipfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -163,31 +164,66 @@ def read_scores(scores_dir: str | Path) -> list[ScoreTable]:
         if variant in known:
             raise TableError(f"{folder}: a second table of the variant {variant} of {table.name}")
         known[variant] = table
+    for (run, _), table in tables.items():  # checkpoints that were trained elsewhere say nothing of each other
+        if run == "student" and any(other == "teacher" for other, _ in tables) and not table.provenance.get("teacher"):
+            table.provenance["teacher"] = "teacher"
     return [tables[key] for key in sorted(tables)]
 
 
 def read_text(scores_dir: str | Path, role: str) -> pd.DataFrame:
-    """Token ids and surface features of one role's text, by example id. Raises TableError on duplicate ids."""
-    return _by_id(Path(scores_dir) / "text" / f"{role}.parquet")
+    """Token ids and surface features of one role's text, by example id. Without `group` every record is its own.
+
+    Raises TableError on missing columns and duplicate ids.
+    """
+    path = Path(scores_dir) / "text" / f"{role}.parquet"
+    frame = _by_id(path, ("prompt_ids", "response_ids"))
+    for name in ("prompt_ids", "response_ids"):
+        if not frame[name].map(lambda ids: isinstance(ids, np.ndarray)).all():
+            raise TableError(f"{path}: {name} must be a list of token ids in every row")
+    if (few := frame["prompt_ids"].map(len) + frame["response_ids"].map(len) == 0).any():
+        raise TableError(f"{path}: {few.sum()} texts without a token, the first is {few.idxmax()}")
+    return frame if "group" in frame else frame.assign(group=frame.index)
 
 
 def read_splits(scores_dir: str | Path) -> pd.DataFrame | None:
-    """Roles and coins by example id, or None where they were not kept. Raises TableError on duplicate ids."""
+    """Roles and coins by example id, or None where they were not kept. Without `placement` a canary is in both models.
+
+    Raises TableError on missing columns and duplicate ids.
+    """
     path = Path(scores_dir) / "text" / "splits.parquet"
-    return _by_id(path) if path.exists() else None
+    if not path.exists():
+        return None
+    frame = _by_id(path, ("role", "coin"))
+    return frame if "placement" in frame else frame.assign(placement="both")
 
 
 def read_counts(scores_dir: str | Path) -> np.ndarray | None:
     """How often each token id occurs in the public role [V], or None where it was not kept."""
     path = Path(scores_dir) / "text" / "token_counts.npz"
-    return np.load(path)["counts"] if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return np.load(path)["counts"]
+    except (KeyError, ValueError, zipfile.BadZipFile):
+        raise TableError(f"{path}: no array `counts` in it (np.savez(path, counts=...))") from None
 
 
-def _by_id(path: Path) -> pd.DataFrame:
-    frame = pd.read_parquet(path).set_index("example_id")
+def _by_id(path: Path, needed: tuple[str, ...]) -> pd.DataFrame:
+    _schema(path)
+    frame = pd.read_parquet(path)
+    if absent := [name for name in ("example_id", *needed) if name not in frame]:
+        raise TableError(f"{path}: no column {', '.join(absent)}; it needs example_id, {', '.join(needed)}")
+    frame = frame.assign(example_id=frame["example_id"].astype(str)).set_index("example_id")
     if not frame.index.is_unique:
         raise TableError(f"{path}: {frame.index.duplicated().sum()} duplicate example ids; one row a record is needed")
     return frame
+
+
+def _schema(path: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowException, OSError):
+        raise TableError(f"{path}: not a Parquet file, or a damaged one") from None
 
 
 def _describe(root: Path, folder: Path) -> tuple[ScoreTable, str]:
@@ -196,7 +232,7 @@ def _describe(root: Path, folder: Path) -> tuple[ScoreTable, str]:
     for path in sorted(folder.glob("*.parquet")):
         files.setdefault(path.stem.rsplit("-", 1)[0], []).append(path)
     told = {
-        path: {k.decode(): v.decode() for k, v in (pq.read_schema(path).metadata or {}).items()}
+        path: {k.decode(): v.decode() for k, v in (_schema(path).metadata or {}).items()}
         for paths in files.values()
         for path in paths
     }
@@ -216,13 +252,17 @@ def _describe(root: Path, folder: Path) -> tuple[ScoreTable, str]:
 
 
 def _read(path: Path, role: str, fields: set[str]) -> Tokens:
-    columns = pq.read_schema(path).names
+    schema = _schema(path)
+    columns = schema.names
     measured = "kl_ab" if "kl_ab" in columns else "logp"  # of a pair of models, of one
     if absent := [c for c in (*IDENTITY, "segment", measured) if c not in columns]:
         raise TableError(
             f"{path}: no column {', '.join(absent)}; a score table has {', '.join(IDENTITY)} and "
             "list columns per scored token, segment and logp among them"
         )
+    for name in ("segment", measured):
+        if not _is_list(schema.field(name).type):
+            raise TableError(f"{path}: {name} is {schema.field(name).type}, not a list with a number per scored token")
     table = pq.read_table(path, columns=[*IDENTITY, *(c for c in columns if c in fields)])
     ids = _text(table, "example_id")
     if wrong := set(_text(table, "role")) - {role}:
@@ -231,7 +271,10 @@ def _read(path: Path, role: str, fields: set[str]) -> Tokens:
     token, example = {}, {}
     for name in ("segment", *sorted(set(table.column_names) - {*IDENTITY, "segment"})):  # segment gives the lengths
         column = table[name].combine_chunks()
-        if not pa.types.is_list(column.type) and not pa.types.is_large_list(column.type):
+        kind = column.type.value_type if _is_list(column.type) else column.type
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+            raise TableError(f"{path}: {name} is {column.type}, not numbers")
+        if not _is_list(column.type):
             example[name] = column.to_numpy(zero_copy_only=False)
             continue
         lengths = np.diff(column.offsets.to_numpy())
@@ -245,6 +288,10 @@ def _read(path: Path, role: str, fields: set[str]) -> Tokens:
             )
         token[name] = column.flatten().to_numpy(zero_copy_only=False)
     return Tokens(ids, _text(table, "task"), offsets, token, example)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def _text(table: pa.Table, name: str) -> np.ndarray:

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax import hf, manifest, storage
+from kd_jax import foreign, hf, manifest, storage
 from kd_jax.distill.objective import Objective
 from kd_jax.errors import ConfigError
 from kd_jax.study import (
@@ -64,8 +64,9 @@ def _settings(config: ConfigDict) -> dict[str, object]:
     return manifest.flatten(plain)
 
 
-def _result_inputs(config: ConfigDict) -> dict:
+def result_inputs(config: ConfigDict) -> dict:
     """Config, code and the files that it names: equal ones let a start end at once."""
+    config = foreign.complete(config)
     files = {key: manifest.stamp(path) for key, path in named_files(config).items()}
     return {"config": manifest.digest(json.loads(config.to_json_best_effort())), "code": code_version(), "files": files}
 
@@ -74,7 +75,7 @@ def last_result(config: ConfigDict, workdir: storage.Path) -> str | None:
     """The closing lines of a finished experiment with the same config, code and data, else None."""
     found = manifest.read(workdir)
     report = workdir / "report" / "index.html"
-    if found is None or found["inputs"] != _result_inputs(config) or not report.exists():
+    if found is None or found["inputs"] != result_inputs(config) or not report.exists():
         return None
     return found["facts"]["lines"]
 
@@ -83,5 +84,5 @@ def record_result(study: Study) -> str:
     """Write the work directory's manifest and return the closing lines: the report's sentence and its path."""
     summary = json.loads((study.workdir / "report" / "summary.json").read_text())
     lines = f"{summary['sentence']}\nReport: {study.workdir / 'report' / 'index.html'}"
-    manifest.write(study.workdir, _result_inputs(study.config), {"lines": lines})
+    manifest.write(study.workdir, result_inputs(study.config), {"lines": lines})
     return lines

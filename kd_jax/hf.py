@@ -73,6 +73,16 @@ def load_pretrained(
     return jax.tree_util.tree_map_with_path(lambda path, _: arrays[_dotted(path)], abstract)
 
 
+def check_pretrained(path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None) -> None:
+    """Raises the CheckpointError that `load_pretrained` would, without reading a tensor."""
+    folder = _find_folder(path_or_hub_id, revision)
+    config = _read_json(folder / "config.json")
+    family, cfg = family_of(config), config_from_hf(config)
+    abstract = jax.eval_shape(lambda key: Transformer(cfg, key), jax.random.key(0))
+    with contextlib.ExitStack() as stack:
+        _check_tensors(folder, _open_tensors(folder, family, cfg, stack), _expected_rows(family, abstract), cfg)
+
+
 def read_config(path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None) -> ModelConfig:
     """The shape of the model in a folder or under a hub id. Raises CheckpointError as `load_pretrained` does."""
     return config_from_hf(_read_json(_find_folder(path_or_hub_id, revision) / "config.json"))

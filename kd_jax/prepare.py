@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import pathlib
 
 import numpy as np
 import pandas as pd
@@ -34,6 +35,11 @@ class Data:
         wanted = roles.training_ids(self.splits, train_roles)
         return self.encoded.select(np.repeat(wanted.example_id.to_numpy(), wanted.repeats.to_numpy()))
 
+    def encoded_by(self, tok: tokenizer.Tokenizer, config: ConfigDict, **changes) -> Data:
+        """The same records in the tokens of another tokenizer; changes: of the config's settings of encoding."""
+        encoded = encode.encode(self.frame, tok, **(_encoding(config) | changes))
+        return dataclasses.replace(self, tokenizer=tok, encoded=encoded)
+
     def fingerprints(self) -> dict[str, str]:
         return {
             "data": self.encoded.fingerprint(),
@@ -47,9 +53,10 @@ def prepare(config: ConfigDict, workdir: Path) -> Data:
 
     Writes `splits.parquet` and `tokenizer/` under `workdir`, and refuses a workdir whose splits are other ones.
     """
-    frame, counts = _load(config)
+    foreign = "members" in config  # checkpoints trained elsewhere: configs/audit.py
+    frame, drawn, counts = _two_files(config, workdir) if foreign else _load(config)
     canaries, rows = _canaries(config)
-    splits = pd.concat([roles.assign(frame, dict(config.data.roles), config.seed), rows], ignore_index=True)
+    splits = pd.concat([drawn, rows], ignore_index=True)
     _keep(splits, workdir / "splits.parquet")
     everything = pd.concat([frame, canaries], ignore_index=True)
     public = everything[everything.example_id.isin(splits.example_id[splits.role == "public"])]
@@ -57,10 +64,14 @@ def prepare(config: ConfigDict, workdir: Path) -> Data:
     encoded = encode.encode(everything, tok, **_encoding(config))
     counts |= {k: v for k, v in encoded.counts.items() if v}
     left = splits[splits.example_id.isin(encoded.record_id)]
-    least = {"private": config.data.minimum, "heldout": config.data.minimum, "public": 1, "dev": 1}
-    if "calib" in config.score.roles:
-        least["calib"] = config.data.minimum // 5
-    roles.check(left, least)
+    least = {"private": config.data.minimum, "heldout": config.data.minimum}
+    if foreign:
+        _check_files(config, left, least)
+    else:
+        least |= {"public": 1, "dev": 1}
+        if "calib" in config.score.roles:
+            least["calib"] = config.data.minimum // 5
+        roles.check(left, least)
     counts |= {f"role {r}": int(n) for r, n in left.role.value_counts().sort_index().items()}
     if config.data.synthetic.records:
         source = everything.set_index("example_id").source
@@ -84,26 +95,68 @@ def _encoding(config: ConfigDict) -> dict:
     return {k: config.data[k] for k in keys}
 
 
-def _load(config: ConfigDict) -> tuple[pd.DataFrame, dict[str, int]]:
+def _load(config: ConfigDict) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]:
+    """Records of the one source that the config names, the roles that they drew, and counts."""
     data = config.data
     sources = {"data.path": data.path, "data.dataset": data.dataset, "data.synthetic.records": data.synthetic.records}
     if sum(map(bool, sources.values())) != 1:
         raise ConfigError(f"exactly one of {', '.join(sources)} must be set, not {sources}")
-    if min(data.limit, data.max_chars, data.pretrain.limit, data.lm.limit) < 0:
-        raise ConfigError("data.limit, data.max_chars, data.pretrain.limit and data.lm.limit must not be negative")
     if data.synthetic.records:
         frame = synthetic.generate(data.synthetic.records, overlap=data.synthetic.overlap, seed=config.seed)
+        frame, counts = _used(config, frame)
     else:
-        frame = records.load(
-            data.path or None,
-            dataset=data.dataset or None,
-            split=data.split,
-            format=data.format,
-            text_unit=data.text_unit,
-            group_key=data.group_key or None,
-            fields={ours: theirs for ours, theirs in data.fields.items() if theirs},
-            seed=config.seed,
-        )
+        frame, counts = _read(config, data.path, data.dataset)
+    return frame, roles.assign(frame, dict(data.roles), config.seed), counts
+
+
+def _two_files(config: ConfigDict, workdir: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]:
+    """Members and non-members of a model that was trained elsewhere: what `_load` returns, roles by file."""
+    if not 0 <= config.calib_share < 0.9:
+        raise ConfigError(f"calib_share is {config.calib_share:g}; it must lie in [0, 0.9)")
+    frames, counts = {}, {}
+    for name in ("members", "nonmembers"):
+        frames[name], read = _read(config, config[name])
+        stem = pathlib.Path(config[name]).name.split(".")[0]  # the task of a record that has none: it would tell all
+        frames[name]["task"] = frames[name].task.where(frames[name].task != stem, "all")
+        counts |= {f"{name}: {what}": number for what, number in read.items()}
+    splits = roles.by_file(frames["members"], frames["nonmembers"], config.calib_share, config.seed)
+    inputs = {name: manifest.digest(sorted(frame.example_id)) for name, frame in frames.items()}
+    folder = workdir / "records"
+    if not manifest.finished(folder, inputs | {"calib_share": config.calib_share, "seed": config.seed}, "the split"):
+        manifest.write(folder, inputs | {"calib_share": config.calib_share, "seed": config.seed}, counts)
+    return pd.concat(frames.values(), ignore_index=True), splits, counts
+
+
+def _check_files(config: ConfigDict, left: pd.DataFrame, least: dict[str, int]) -> None:
+    counts = left.role.value_counts()
+    for name, role in (("members", "private"), ("nonmembers", "heldout")):
+        if (n := counts.get(role, 0)) < least[role]:
+            raise roles.DataError(
+                f"{config[name]}: {n} records are left to evaluate (data.minimum: {least[role]}) after duplicates, "
+                f"data.max_chars, data.limit and calib_share {config.calib_share:g}; give more {name}"
+            )
+
+
+def _read(config: ConfigDict, path: str, dataset: str = "") -> tuple[pd.DataFrame, dict[str, int]]:
+    data = config.data
+    frame = records.load(
+        path or None,
+        dataset=dataset or None,
+        split=data.split,
+        format=data.format,
+        text_unit=data.text_unit,
+        group_key=data.group_key or None,
+        fields={ours: theirs for ours, theirs in data.fields.items() if theirs},
+        seed=config.seed,
+    )
+    return _used(config, frame)
+
+
+def _used(config: ConfigDict, frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Those records that `data.max_chars`, `data.exclude_tasks` and `data.limit` leave, and counts."""
+    data = config.data
+    if min(data.limit, data.max_chars, data.pretrain.limit, data.lm.limit) < 0:
+        raise ConfigError("data.limit, data.max_chars, data.pretrain.limit and data.lm.limit must not be negative")
     counts = {"records read": len(frame), "duplicates removed": int(frame.attrs.get("duplicates", 0))}
     size = sum(frame[c].fillna("").str.len() for c in ("instruction", "input", "response"))
     keep = ~frame.task.isin(data.exclude_tasks) & ((size <= data.max_chars) if data.max_chars else True)
@@ -132,7 +185,7 @@ def _tokenizer(config: ConfigDict, public: pd.DataFrame, workdir: Path) -> token
         return tokenizer.load(spec)
     folder, texts = workdir / "tokenizer", _texts(public, config.data.template)
     inputs = {"tokenizer": spec, "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]}
-    if not manifest.finished(folder, inputs, "the tokenizer"):
+    if not processes.agree(manifest.finished(folder, inputs, "the tokenizer")):
         fingerprint = ""
         if processes.first():
             trained = tokenizer.load(spec, train_texts=texts)
@@ -175,13 +228,14 @@ def _keep(splits: pd.DataFrame, path: Path) -> None:
 
 
 def write_text_tables(data: Data, folder: Path) -> None:
-    """What text-only classifiers need: `<role>.parquet`, `splits.parquet`, `token_counts.npz`."""
+    """What text-only classifiers need: `<role>.parquet`, `splits.parquet`; of a public role `token_counts.npz`."""
     for role in sorted(set(data.splits.role) - {"public"}):
         encoded = data.of_role(role)
         if len(encoded):
             table = encode.text_table(encoded, data.frame, data.tokenizer)
             storage.write_bytes(folder / f"{role}.parquet", table.to_parquet(index=False))
     storage.write_bytes(folder / "splits.parquet", data.splits.to_parquet(index=False))
-    with storage.create(folder / "token_counts.npz") as handle:
-        np.savez(handle, counts=encode.token_counts(data.of_role("public"), data.tokenizer.vocab_size))
+    if len(public := data.of_role("public")):
+        with storage.create(folder / "token_counts.npz") as handle:
+            np.savez(handle, counts=encode.token_counts(public, data.tokenizer.vocab_size))
     storage.write_text(folder / "counts.json", json.dumps(data.counts, indent=1))

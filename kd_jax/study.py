@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ import pandas as pd
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from kd_jax import checkpoint, graph, hf, manifest, prepare, sharding, storage, train, utility
+from kd_jax import checkpoint, foreign, graph, hf, manifest, prepare, sharding, storage, train, utility
 from kd_jax import score as scoring
 from kd_jax.data import tokenizer
 from kd_jax.distill.objective import Objective
@@ -32,6 +33,7 @@ class Study:
     data: prepare.Data
     runs: dict[str, Run]
     only: str = ""  # work on this run alone
+    own_data: Mapping[str, prepare.Data] = dataclasses.field(default_factory=dict)  # of models with other tokenizers
 
     @property
     def vocab(self) -> int:
@@ -42,12 +44,17 @@ class Study:
     def nodes(self) -> list[tuple[Run, int]]:
         return [(r, s) for r in self.runs.values() if self.only in ("", r.name) for s in r.seeds]
 
+    def of(self, run: Run) -> Study:
+        """This study as a run reads it: in the tokens of its own tokenizer, where that is another one."""
+        return dataclasses.replace(self, data=self.own_data.get(run.model, self.data))
+
     def folder(self, run: Run, seed: int, kind: str = "runs") -> storage.Path:
         return self.workdir / kind / run.name / f"seed{seed}"
 
 
 def open_study(config: ConfigDict, workdir: storage.Path, mesh: Mesh, only: str = "") -> Study:
     """Check the graph, recipes and models of a config, then prepare its data. Errors come before any training."""
+    config = foreign.complete(config)
     techniques = {name: objective.technique for name, objective in config.objectives.items()}
     parsed = graph.parse(config.runs.to_dict(), set(config.models), set(config.recipes), techniques)
     runs = {r.name: r for r in parsed}
@@ -63,7 +70,14 @@ def open_study(config: ConfigDict, workdir: storage.Path, mesh: Mesh, only: str 
         objective_of(config, run)
     if config.attack.headline not in runs:
         raise ConfigError(f"attack.headline is {config.attack.headline!r}, which is not a run; runs: {sorted(runs)}")
-    study = Study(config, workdir, mesh, prepare.prepare(config, workdir), runs, only)
+    if "members" in config:
+        foreign.check(config, workdir)
+    data = prepare.prepare(config, workdir)
+    own_data = {}
+    if "members" in config:
+        foreign.note_cuts(data, config)
+        own_data = foreign.own_data(config, data)
+    study = Study(config, workdir, mesh, data, runs, only, own_data)
     scoring_spec(study)
     sampling_spec(study)
     _check_utility(study)
@@ -160,13 +174,15 @@ def model_config(study: Study, name: str) -> ModelConfig:
 
 
 def _check_model(study: Study, name: str) -> None:
-    cfg, data = model_config(study, name), study.config.data
-    if cfg.vocab_size < study.vocab:
-        raise ConfigError(f"models.{name} has {cfg.vocab_size} vocabulary rows, the tokenizer {study.vocab} tokens")
+    cfg, data, vocab = model_config(study, name), study.config.data, study.vocab
+    if "members" in study.config:
+        vocab = study.own_data.get(name, study.data).tokenizer.vocab_size
+    if cfg.vocab_size < vocab:
+        raise ConfigError(f"models.{name} has {cfg.vocab_size} vocabulary rows, the tokenizer {vocab} tokens")
     if cfg.max_positions < data.max_length:
         raise ConfigError(f"models.{name} has {cfg.max_positions} positions, data.max_length is {data.max_length}")
     path = study.config.models[name].path
-    if path and study.config.tokenizer.path != path:
+    if path and study.config.tokenizer.path != path and "members" not in study.config:
         revision = study.config.models[name].revision
         tokenizer.same(study.data.tokenizer, tokenizer.load({"path": path, "revision": revision}))
 
@@ -214,6 +230,7 @@ def load_run(study: Study, name: str, seed: int, params: storage.Path | None = N
 def named_files(config: ConfigDict) -> dict[str, str]:
     """Files and folders that the config names, by key."""
     named = {"data.path": config.data.path, "data.pretrain.path": config.data.pretrain.path}
+    named |= {key: config[key] for key in ("members", "nonmembers") if key in config}
     named |= {"data.lm.path": config.data.lm.path}
     named |= {f"utility.files.{name}": path for name, path in config.utility.files.items()}
     named |= {f"models.{name}.path": model.path for name, model in config.models.items()}

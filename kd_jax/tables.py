@@ -20,6 +20,7 @@ from kd_jax import checkpoint, manifest, pairs, prepare, processes, storage, uti
 from kd_jax import score as scoring
 from kd_jax.data import encode
 from kd_jax.data.encode import Encoded
+from kd_jax.errors import ConfigError
 from kd_jax.graph import Run
 from kd_jax.metrics import progress
 from kd_jax.study import (
@@ -27,6 +28,7 @@ from kd_jax.study import (
     answer_set,
     code_version,
     load_run,
+    model_config,
     objective_of,
     recipe_of,
     sampling_spec,
@@ -41,6 +43,7 @@ TRAINING = (
     *("lr", "grid", "lr_from", "select", "selected_step", "steps", "response_tokens", "sources"),
     *("branches", "phi", "warnings", "fidelity"),
 )
+TRAINED_ELSEWHERE = "trained elsewhere, and nothing here can check on what: the two files say who is a member."
 
 
 def score_runs(study: Study) -> None:
@@ -48,21 +51,42 @@ def score_runs(study: Study) -> None:
     if processes.first():
         prepare.write_text_tables(study.data, study.workdir / "scores" / "text")
     s = study.config.score
-    roles = {r: study.data.of_role(r) for r in s.roles}
-    roles = {r: e for r, e in roles.items() if len(e)}
     couples = pairs.chosen(tuple(s.pairs), study.runs)
+    if crossed := [f"{a}:{b}" for a, b in couples if {study.runs[a].model, study.runs[b].model} & set(study.own_data)]:
+        raise ConfigError(f"score.pairs: the models of {', '.join(crossed)} have different tokenizers")
     for run, seed in study.nodes:
-        for variant in ("plain", *s.variants):
-            _score(study, run, seed, roles, variant)
+        own = study.of(run)
+        roles = _roles(own)
+        for variant in ("plain", *_fitting(own, run)):
+            _score(own, run, seed, roles, variant)
         for step in _kept(study, run, seed):
-            _score(study, run, seed, roles, f"step-{step}")
+            _score(own, run, seed, roles, f"step-{step}")
         if study.config.utility.seeds:
             _answer(study, run, seed)
     for a, b in couples:
         for seed in study.runs[b].seeds if study.only in ("", b) else ():
-            _score_pair(study, study.runs[a], study.runs[b], seed, roles)
+            _score_pair(study, study.runs[a], study.runs[b], seed, _roles(study))
     if study.config.report.show_canaries and not study.only:
         _show_canaries(study)
+
+
+def _roles(study: Study) -> dict[str, Encoded]:
+    """The examples of every scored role that has some."""
+    found = {role: study.data.of_role(role) for role in study.config.score.roles}
+    return {role: encoded for role, encoded in found.items() if len(encoded)}
+
+
+def _fitting(study: Study, run: Run) -> list[str]:
+    """The variants of the texts; of a checkpoint trained elsewhere, those that its context has room for."""
+    wanted = list(study.config.score.variants)
+    if "members" not in study.config:
+        return wanted
+    positions = model_config(study, run.model).max_positions
+    settings = dict(seed=study.config.seed, max_positions=positions)
+    found = [name for name in wanted if variants.fits(name, study.data, **settings)]
+    if left := sorted(set(wanted) - set(found)):
+        log.info("%s: no %s: a context of %d tokens has no room for a prefix", run.name, ", ".join(left), positions)
+    return found
 
 
 def _trained(study: Study, run: Run, seed: int) -> tuple[dict | None, object]:
@@ -104,7 +128,9 @@ def _score(study: Study, run: Run, seed: int, roles: dict[str, Encoded], variant
         for role, encoded in roles.items():
             if variant in variants.NAMES:
                 settings = dict(seed=study.config.seed, max_positions=model.cfg.max_positions, swapped=other_half)
+                plain = len(encoded)
                 encoded, facts[role] = variants.build(variant, study.data, encoded, **settings)
+                bar.total += len(encoded) - plain
                 spec = dataclasses.replace(spec, row_length=max(spec.row_length, int(encoded.lengths.max())))
             scoring.score_role(model, encoded, role, folder, spec, study.mesh, metadata, bar)
     if trained and variant == "plain" and processes.first():
@@ -180,6 +206,8 @@ def _metadata(study: Study, run: Run, seed: int, model: Transformer, facts: dict
     if trained:
         provenance["objective"] = objective_of(study.config, run).distinctive()
         provenance["training"] = {k: trained["facts"][k] for k in TRAINING if k in trained["facts"]}
+    elif run.name == study.config.attack.headline and "members" in study.config:
+        provenance["training"] = {"warnings": [TRAINED_ELSEWHERE]}
     step = trained["facts"]["step"] if trained else 0
     known = dict(run=run.name, seed=seed, split_seed=study.config.seed, step=step, variant="plain")
     return {k: str(v) for k, v in known.items()} | {"provenance": json.dumps(provenance)}

@@ -48,15 +48,35 @@ def build(
     raise ConfigError(f"score.variants names '{name}'; known are {', '.join(NAMES)}")
 
 
+def fits(name: str, data: prepare.Data, *, seed: int, max_positions: int) -> bool:
+    """Can a model of this context read the variant?  A prefix needs a calibration record, and room for one."""
+    if name not in ("recall", "recall_members"):
+        return True
+    try:
+        _prefix(data, int(name == "recall_members"), seed, max_positions)
+    except ConfigError:
+        return False
+    return True
+
+
 # --- a prefix of other records ---------------------------------------------------------------------------------------
 
 
 def _prefixed(
     data: prepare.Data, encoded: Encoded, coin: int, seed: int, max_positions: int
 ) -> tuple[Encoded, dict[str, object]]:
-    """Every example after the same shots: prompt, response and EOS of each, no second BOS; context that is not scored.
+    """Every example after the same shots; the shots themselves are left out of the examples."""
+    prefix, used, facts = _prefix(data, coin, seed, max_positions)
+    rest = encoded.take(np.flatnonzero(~np.isin(encoded.record_id, used)))
+    return _insert(rest, prefix), facts | {"left_out": len(encoded) - len(rest)}
 
-    The shots are left out of the examples; those that do not fit before the longest record are dropped from the front.
+
+def _prefix(
+    data: prepare.Data, coin: int, seed: int, max_positions: int
+) -> tuple[np.ndarray, np.ndarray, dict[str, object]]:
+    """Prompt, response and EOS of each shot, no second BOS: tokens, the shots' ids, and facts.
+
+    Shots that do not fit before the longest record are dropped from the front.
     """
     shots = _shots(data, coin, seed)
     whole = int(data.encoded.lengths.max())  # of all roles, so that all roles get the same shots
@@ -69,14 +89,12 @@ def _prefixed(
             f"{max_positions}; shorten data.max_length or leave the variant out of score.variants"
         )
     first = int(fit[0])
-    prefix = np.concatenate(inner[first:])
-    used = shots.record_id[first:]
-    rest = encoded.take(np.flatnonzero(~np.isin(encoded.record_id, used)))
+    prefix, used = np.concatenate(inner[first:]), shots.record_id[first:]
     facts = {
         "shots": len(used), "shots_dropped": first, "prefix_tokens": len(prefix), "longest_example": whole,
-        "shot_ids": used.tolist(), "left_out": len(encoded) - len(rest),
+        "shot_ids": used.tolist(),
     }  # fmt: skip
-    return _insert(rest, prefix), facts
+    return prefix, used, facts
 
 
 def _shots(data: prepare.Data, coin: int, seed: int) -> Encoded:
@@ -149,7 +167,10 @@ def _neighbours(data: prepare.Data, encoded: Encoded, seed: int) -> tuple[Encode
 
     A token becomes one that stands up to NEAREST ranks away in the order of counts of the public role.
     """
-    counts = encode.token_counts(data.of_role("public"), data.tokenizer.vocab_size)
+    public = data.of_role("public")
+    if not len(public):
+        raise ConfigError("neighbours needs the token frequencies of the role public, which has no record")
+    counts = encode.token_counts(public, data.tokenizer.vocab_size)
     by_rank = np.argsort(counts, kind="stable")
     rank = np.empty_like(by_rank)
     rank[by_rank] = np.arange(len(by_rank))

@@ -27,6 +27,7 @@ LAYERS = [
     {"kd_jax.hf", "kd_jax.score", "kd_jax.distill.objective"},
     {
         "kd_jax.pairs",
+        "kd_jax.foreign",
         "kd_jax.variants",
         "kd_jax.teacher_cache",
         "kd_jax.utility",

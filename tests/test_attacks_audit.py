@@ -265,6 +265,9 @@ def test_blind_gate_refuses_the_headline(experiment, tmp_path):
 def test_no_headline_without_text_tables(experiment, tmp_path, lost):
     scores = copy(experiment, tmp_path)
     (scores / "text" / lost).unlink()
+    splits = scores / "text" / "splits.parquet"  # there were public records: their counts are lost
+    frame = pd.read_parquet(splits)
+    pd.concat([frame, frame.iloc[:1].assign(example_id="public-0", role="public")]).to_parquet(splits, index=False)
     summary = audit(scores, tmp_path / "out", QUICK | KD | {"attacks": ["loss"]})
     assert f"not beside the score tables: text/{lost}" in summary["headline"]["refused"]
     found = tables(tmp_path / "out")

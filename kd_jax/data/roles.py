@@ -52,6 +52,34 @@ def assign(frame: pd.DataFrame, shares: Mapping[str, float] = SHARES, seed: int 
     return _splits(frame, role=role, coin=coin.astype(np.int32), repeats=1, placement="", template="", secret_id="")
 
 
+def by_file(members: pd.DataFrame, nonmembers: pd.DataFrame, calib_share: float, seed: int = 0) -> pd.DataFrame:
+    """Roles of records whose file says what they are: members `private`, others `heldout`, a share of both `calib`.
+
+    That share (of the groups of each file, by seeded hash; coin 1 of members, 0 of others) is for thresholds and shots.
+
+    Returns:
+        A table of SPLIT_COLUMNS, the members first, each in its frame's order.
+
+    Raises:
+        DataError: records that both files hold.
+    """
+    both = np.intersect1d(members["example_id"].astype(str), nonmembers["example_id"].astype(str))
+    if len(both):
+        some = ", ".join(both[:3]) + (", ..." if len(both) > 3 else "")
+        raise DataError(
+            f"{len(both)} of {len(members)} members have the same content as a non-member (example_id {some}): "
+            "take them out of one of the two files"
+        )
+    parts = []
+    for frame, role, coin in ((members, "private", 1), (nonmembers, "heldout", 0)):
+        groups = frame["group"].drop_duplicates().to_numpy(object)
+        order = np.argsort(uniform(seed, "calib", groups), kind="stable")
+        calib = frame["group"].isin(groups[order[: round(calib_share * len(groups))]])
+        drawn = np.where(calib, "calib", role)
+        parts.append(_splits(frame, role=drawn, coin=coin, repeats=1, placement="", template="", secret_id=""))
+    return pd.concat(parts, ignore_index=True)
+
+
 def check(splits: pd.DataFrame, minimum: Mapping[str, int]) -> None:
     """Raises DataError unless each role in `minimum` holds that many records (at least one).
 

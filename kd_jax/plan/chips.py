@@ -3,8 +3,8 @@
 Bandwidth of the HBM, peak bfloat16 (dense) and interconnect per chip, as their makers publish them. TPU v4, v5e, v5p,
 v6e: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, the interconnect as all of a chip's links one way. A100 80GB, H100 and
 H200 (SXM): NVIDIA's data sheets, NVLink one way. HBM is what programs get of it: of a TPU's 32, 16, 95 and 32 GB what
-the compiler's out-of-memory message (libtpu 0.0.42) calls available, of a GPU's 80 and 141 GB the three quarters that
-JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+the compiler's out-of-memory message (libtpu 0.0.42) calls available, of a GPU's 40, 80 and 141 GB the three quarters
+that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise. A chip that is here says it itself.
 """
 
 from __future__ import annotations
@@ -36,12 +36,25 @@ CHIPS = {
     "v5e": Chip("TPU v5e", 15.75 * GIB, 819 * GIGA, 197 * TERA, 200 * GIGA),
     "v5p": Chip("TPU v5p", 95.74 * GIB, 2765 * GIGA, 459 * TERA, 600 * GIGA),
     "v6e": Chip("TPU v6e", 31.25 * GIB, 1640 * GIGA, 918 * TERA, 448 * GIGA),
+    "a100-40gb": Chip("A100 40GB", 30 * GIGA, 1555 * GIGA, 312 * TERA, 300 * GIGA),
     "a100": Chip("A100 80GB", 60 * GIGA, 2039 * GIGA, 312 * TERA, 300 * GIGA),
     "h100": Chip("H100 SXM", 60 * GIGA, 3350 * GIGA, 989.4 * TERA, 450 * GIGA),
     "h200": Chip("H200 SXM", 0.75 * 141 * GIGA, 4800 * GIGA, 989.4 * TERA, 450 * GIGA),
 }
 GPUS = {"gpu": "h100", "a100": "a100", "h100": "h100", "h200": "h200"}  # gpu: no kind is named, H100 is assumed
-KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}  # as a device names itself
+KINDS = {  # as a device names itself; others (a GH200, an H100 on PCIe) have other rates
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA A100-SXM4-40GB": "a100-40gb",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +89,7 @@ class Topology:
     def chip(self) -> Chip | None:
         """None for a host whose chip is not in the table (a CPU)."""
         if self.name == "host":
-            return next((chip for word, chip in _hosts().items() if word in jax.devices()[0].device_kind), None)
+            return _own_chip(jax.local_devices()[0])
         return CHIPS[GPUS.get(self.kind, self.kind)]
 
     @property
@@ -102,10 +115,12 @@ class Topology:
         return jax.devices()[: self.chips]
 
 
-def _hosts() -> dict[str, Chip]:
-    """By what stands in a device's kind; the longer word first, for `TPU v5` is a part of `TPU v5 lite`."""
-    known = KINDS | {kind.upper(): kind for kind in ("a100", "h100", "h200")}
-    return {word: CHIPS[known[word]] for word in sorted(known, key=len, reverse=True)}
+def _own_chip(device: jax.Device) -> Chip | None:
+    """The chip of a device that is here, with the memory that it says programs get."""
+    if device.device_kind not in KINDS:
+        return None
+    chip, limit = CHIPS[KINDS[device.device_kind]], (device.memory_stats() or {}).get("bytes_limit")
+    return dataclasses.replace(chip, hbm=float(limit)) if limit else chip
 
 
 def _tpu_devices(name: str) -> list[jax.Device]:

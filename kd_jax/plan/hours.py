@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from kd_jax.graph import Run
 from kd_jax.plan import count
 from kd_jax.plan.chips import Chip
 from kd_jax.plan.compiled import Figures
+from kd_jax.plan.programs import SHARD
 from kd_jax.plan.sketch import Sketch
 
 
@@ -17,11 +17,11 @@ class Pace:
     """Seconds of one step of a run, and what the whole run takes."""
 
     run: str
-    steps: int  # of all seeds and learning rates
+    steps: int  # of all seeds and learning rates; 0 where nothing is trained
     step_seconds: float
     bound: str  # compute | memory | network, by the roofline; or mfu, where the stated share is slower
     tokens_per_second: float  # of the training batches, padding included
-    hours: float  # training, sampling, evaluations and scoring
+    hours: float  # training, sampling, evaluations, score tables (recall's without its prefix) but for pairs
 
 
 def step_flops(sketch: Sketch, run: Run) -> float:
@@ -40,47 +40,50 @@ def step_flops(sketch: Sketch, run: Run) -> float:
 
 
 def paces(sketch: Sketch, figures: list[Figures], chip: Chip, chips: int) -> list[Pace]:
-    """Of every trained run whose programs were compiled."""
+    """Of every run whose programs were compiled; of one that is not trained, the scoring."""
     mfu = sketch.stated.mfu
     by_run = {(f.kind, name): f for f in figures if not f.fault for name in f.runs}
     out = []
     for run in sketch.runs.values():
-        figure = by_run.get(("train", run.name))
+        figure, score = by_run.get(("train", run.name)), by_run.get(("score", run.name))
+        if score and not run.train_roles:
+            total = _scoring_seconds(sketch, run, score, chip)
+            out.append(Pace(run.name, 0, 0.0, score.bound(chip)[0], 0.0, total / 3600))
         if figure is None:
             continue
         bound, seconds = figure.bound(chip)
-        at_share = (
-            step_flops(sketch, run) / (chips * chip.peak * mfu) * (1 if figure.products == 1 else figure.products)
-        )
+        at_share = step_flops(sketch, run) / (chips * chip.peak * mfu) * figure.products
         if at_share > seconds:
             bound, seconds = "mfu", at_share
         recipe = sketch.recipe(run)
-        times = len(run.seeds) + (len(recipe.rates) - 1 if not run.swap_of else 0)
-        steps = sketch.steps(run) * times
+        steps = sketch.steps(run) * sketch.fits(run)
         total = steps * (seconds + _sampling_seconds(sketch, run, by_run, chip))
         total += len(run.seeds) * _text_seconds(sketch, run, by_run, chip)
-        if score := by_run.get(("score", run.name)):
-            total += _scoring_seconds(sketch, run, score, chip, times)
+        if score:
+            total += _scoring_seconds(sketch, run, score, chip)
         rate = recipe.batch_rows * sketch.row_length / seconds
         out.append(Pace(run.name, steps, seconds, bound, rate, total / 3600))
     return out
 
 
-def _scoring_seconds(sketch: Sketch, run: Run, score: Figures, chip: Chip, times: int) -> float:
+def _scoring_seconds(sketch: Sketch, run: Run, score: Figures, chip: Chip) -> float:
     """The tables of every seed, and the evaluations during training."""
-    shares, config = sketch.config.data.roles, sketch.config
-    records = math.ceil(sum(shares.get(role, 0.0) for role in config.score.roles) * sketch.records)
-    batches = lambda examples: -(-sketch.scored_rows(examples) // score.rows)
-    probes = (sketch.recipe(run).evaluations + 1) * 3 * batches(config.probe.examples) * times
-    return (batches(records) * len(run.seeds) + probes) * score.bound(chip)[1]
+    batches = lambda examples: -(-sketch.rows(examples, packed=True) // score.rows)
+    count = batches(sketch.scored_examples()) * sketch.tables(run) * len(run.seeds)
+    if run.train_roles:
+        evaluations = (sketch.recipe(run).evaluations + 1) * sketch.fits(run)
+        count += evaluations * 3 * batches(sketch.config.probe.examples)
+    return count * score.bound(chip)[1]
 
 
-def _batch_seconds(by_run: dict, run: Run, new: int, chip: Chip) -> tuple[float, int]:
-    """One batch of prompts continued by `new` tokens each, none ending early: seconds, and its rows."""
-    prefill, decode = by_run.get(("prefill", run.name)), by_run.get(("decode", run.name))
-    if prefill is None or decode is None:
-        return 0.0, 1
-    return prefill.bound(chip)[1] + new * decode.bound(chip)[1] / decode.chunks, prefill.rows
+def _batch_seconds(by_run: dict, run: Run, new: int, chip: Chip) -> tuple[float, float, int]:
+    """Seconds that a call of the sampler makes weights ready; those of one batch of prompts, none ending before `new`
+    tokens; rows of that batch."""
+    ready, prefill, decode = (by_run.get((kind, run.name)) for kind in ("prepare", "prefill", "decode"))
+    if ready is None or prefill is None or decode is None:
+        return 0.0, 0.0, 1
+    batch = prefill.bound(chip)[1] + new * decode.bound(chip)[1] / decode.chunks
+    return ready.bound(chip)[1], batch, prefill.rows
 
 
 def _sampling_seconds(sketch: Sketch, run: Run, by_run: dict, chip: Chip) -> float:
@@ -89,11 +92,13 @@ def _sampling_seconds(sketch: Sketch, run: Run, by_run: dict, chip: Chip) -> flo
     if not o.on_policy:
         return 0.0
     new = o.sampling(sketch.config.data.max_length).max_new_tokens
-    seconds, rows = _batch_seconds(by_run, run, new, chip)
+    ready, seconds, rows = _batch_seconds(by_run, run, new, chip)
     prompts = sketch.recipe(run).batch_rows
     share = {"mix": o.lmbda, "mix_replay": o.lmbda, "adaptive": 1.0, "mixed_rollouts": 1.0 / o.passes}[o.policy]
-    batches = prompts / rows if o.policy_gradient else -(-prompts // rows)
-    return share * batches * seconds
+    calls, batches = 1.0, -(-prompts // rows)
+    if o.policy_gradient:  # one call samples for many steps
+        calls, batches = prompts / o.rollouts, prompts / rows
+    return share * (calls * ready + batches * seconds)
 
 
 def _text_seconds(sketch: Sketch, run: Run, by_run: dict, chip: Chip) -> float:
@@ -101,5 +106,6 @@ def _text_seconds(sketch: Sketch, run: Run, by_run: dict, chip: Chip) -> float:
     o = sketch.objective(run)
     if o.policy != "teacher":
         return 0.0
-    seconds, rows = _batch_seconds(by_run, run, o.sampling(sketch.config.data.max_length).max_new_tokens, chip)
-    return -(-sketch.examples(run.train_roles) // rows) * seconds
+    new, examples = o.sampling(sketch.config.data.max_length).max_new_tokens, sketch.examples(run.train_roles)
+    ready, seconds, rows = _batch_seconds(by_run, run, new, chip)
+    return -(-examples // SHARD) * ready + -(-examples // rows) * seconds

@@ -21,6 +21,8 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from kd_jax import storage
+from kd_jax import foreign
 from kd_jax.errors import ConfigError
 from kd_jax.plan import disk, hlo, hours, remedies
 from kd_jax.plan.chips import Topology
@@ -56,7 +58,9 @@ def run(config: ConfigDict, workdir: str, topologies: Iterable[str] = ()) -> Non
 
     Raises ConfigError, after all is printed, where a program does not fit the chips or the files the disk.
     """
+    config = foreign.complete(config)
     found = sketch(config)
+    needed, available = disk.needs(found), storage.free_bytes(storage.as_path(workdir))
     wanted = [Topology(name) for name in topologies or ("host",)]
     print(header(found))
     plans, problems = [], []
@@ -71,7 +75,6 @@ def run(config: ConfigDict, workdir: str, topologies: Iterable[str] = ()) -> Non
         problems += [f"{topology.name}: {problem}" for problem in plans[-1].problems]
     if len(plans) > 1:
         print("\n" + comparison(plans))
-    needed, available = disk.needs(found), disk.free(workdir)
     print("\n" + stored(needed, available, workdir))
     if problems:
         raise ConfigError("the plan is refused:\n" + "\n".join(problems))
@@ -90,8 +93,8 @@ def make(
     fix: where a program does not fit, look for a change under which it would. known: see `compile_chain`.
     kinds: of programs (train, score, prepare, prefill, decode) that are compiled; none named: all.
     """
-    if topology.estimated and topology.chips > jax.device_count():
-        return _elsewhere(config, topology, fix)
+    if topology.estimated and (topology.chips > jax.device_count() or jax.default_backend() != "cpu"):
+        return _elsewhere(config, topology, fix, kinds)
     found, devices = sketch(config), topology.devices()
     mesh = make_mesh(config, devices)
     check_rows(found, mesh)
@@ -105,21 +108,30 @@ def make(
     problems = [refusal(f, topology, remedies.find(config, f, devices, topology) if fix else "") for f in large]
     said = f"the compiler failed on it ({versions()}), which is no fault of the config"
     faults = [f"{f.label}: {said}: {f.fault}" for f in figures if f.fault]
-    paces = hours.paces(found, [f for f in figures if f not in large], chip, topology.chips) if chip else []
     if topology.platform != jax.default_backend():
         jax.clear_caches()  # what was traced here believes in another platform
-    return Plan(topology.name, dict(mesh.shape), figures, paces, problems, faults)
+    return timed(Plan(topology.name, dict(mesh.shape), figures, [], problems, faults), found)
+
+
+def timed(plan: Plan, found: Sketch) -> Plan:
+    """A plan with the times of its runs, from its figures."""
+    topology = Topology(plan.topology)
+    if (chip := topology.chip) is None:
+        return plan
+    fitting = [f for f in plan.figures if f.fault or f.peak <= chip.hbm]
+    return dataclasses.replace(plan, paces=hours.paces(found, fitting, chip, topology.chips))
 
 
 # ---------------------------------------------------------------------------------------------- in another process
 
 
-def _elsewhere(config: ConfigDict, topology: Topology, fix: bool) -> Plan:
-    """A plan for more virtual devices than this process has, from a process that has them."""
+def _elsewhere(config: ConfigDict, topology: Topology, fix: bool, kinds: tuple[str, ...]) -> Plan:
+    """A plan for virtual devices from a process that has them: this one has fewer, or accelerators of its own."""
     flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={topology.chips}"
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    asked = {"config": json.loads(config.to_json_best_effort()), "topology": topology.name, "fix": fix}
+    plain = json.loads(config.to_json_best_effort())
+    asked = {"config": plain, "topology": topology.name, "fix": fix, "kinds": kinds}
     command = [sys.executable, "-m", "kd_jax.plan.plan"]
     done = subprocess.run(command, input=json.dumps(asked), env=environment, capture_output=True, text=True)
     answer = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 and done.stdout else {}
@@ -143,7 +155,8 @@ def figures_from_json(f: dict) -> Figures:
 def _answer() -> None:
     asked = json.load(sys.stdin)
     try:
-        plan = make(ConfigDict(asked["config"]), Topology(asked["topology"]), asked["fix"])
+        config, topology = ConfigDict(asked["config"]), Topology(asked["topology"])
+        plan = make(config, topology, asked["fix"], kinds=tuple(asked["kinds"]))
         print(json.dumps({"plan": dataclasses.asdict(plan)}))
     except ConfigError as error:
         print(json.dumps({"error": str(error)}))
@@ -194,8 +207,8 @@ def table(plan: Plan, found: Sketch) -> str:
     if plan.paces:
         runs = [["run", "steps", "ms a step", "bound", "tokens/s", "hours"]]
         for p in plan.paces:
-            runs.append([p.run, f"{p.steps:,}", f"{p.step_seconds * 1e3:.3g}", p.bound, f"{p.tokens_per_second:,.0f}"])
-            runs[-1].append(f"{p.hours:.2f}")
+            pace = [f"{p.steps:,}", f"{p.step_seconds * 1e3:.3g}", p.bound, f"{p.tokens_per_second:,.0f}"]
+            runs.append([p.run, *(pace if p.steps else "----"), f"{p.hours:.2f}"])
         lines += ["", *_columns(runs), f"all runs, one after another: {plan.hours:.1f} hours"]
     return "\n".join(lines + [*plan.faults, *(f"REFUSED: {problem}" for problem in plan.problems)])
 

@@ -27,6 +27,7 @@ from kd_jax.train import DTYPES, TrainState
 from kd_jax.transformer import Transformer
 
 STEP = ("tokens", "targets", "segment_ids", "positions", "loss_mask")  # what every batch has
+SHARD = 1024  # prompts of teacher text that are sampled in one call (kd_jax.distill.teacher_text)
 MEASURED = ("returns", "offset", "importance")  # of rollouts
 
 
@@ -46,8 +47,8 @@ class Program:
     tokens: int  # of these rows, padding included
     scored: int
     resident: object = ()  # trees that a chip holds meanwhile, and that are no arguments
-    passes: float = 1.0  # bfloat16 products that one of its products takes on a TPU
-    float32: bool = False  # its products are of float32 numbers
+    precision: str = "default"  # of its products, where they are of float32 numbers
+    float32: bool = False
     made: dict[str, object] | None = None  # where the placed shapes of its result go, by kind, for the next of a chain
 
     @property
@@ -243,7 +244,7 @@ def score_program(sketch: Sketch, name: str, users: tuple[str, ...], mesh: Mesh,
         tokens=rows * sketch.row_length,
         scored=scored,
         resident=held,
-        passes={"highest": 6.0, "high": 3.0, "default": 1.0}[spec.precision],
+        precision=spec.precision,
         float32=True,
     )
 
@@ -258,7 +259,7 @@ def sampling_programs(sketch: Sketch, runs: list[Run], mesh: Mesh) -> list[Progr
     spec = objective.sampling(data.max_length)
     student, teacher = (_model(sketch, n, mesh) for n in (run.model, sketch.runs[run.teacher].model))
     if objective.policy == "teacher":
-        models, prompts, held = [teacher], 1024, {}
+        models, prompts, held = [teacher], SHARD, {}
     else:
         models = [student, teacher] if spec.mix_alpha else [student]
         prompts = objective.rollouts if objective.policy_gradient else recipe.batch_rows
@@ -304,7 +305,8 @@ class Sampler:
             loop_ = generate.Loop(self._segments(rows * self.spec.beams), first.state)
             return generate._decode.trace(self.made["prepare"], prompt, batch, loop_, slots=last[0], **fixed)
 
-        about = dict(runs=self.runs, rows=rows, chunks=1, float32=self.dtype == np.float32, made=self.made)
+        about = dict(runs=self.runs, rows=rows, chunks=1, made=self.made)
+        about |= dict(float32=self.dtype == np.float32, precision="highest")
         # while a batch is decoded, a chip holds the models beside what is made ready of them
         meanwhile = self.held or {"models": self.models}
         args = {"models": self.models}

@@ -14,8 +14,9 @@ import huggingface_hub
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax import graph, hf, sharding
+from kd_jax import graph, hf, sharding, variants
 from kd_jax.data import records, tokenizer
+from kd_jax.data.roles import PLACEMENTS
 from kd_jax.distill.objective import Objective
 from kd_jax.errors import ConfigError
 from kd_jax.graph import BASES, Run
@@ -70,20 +71,46 @@ class Sketch:
         share += shares.get("calib", 0.0) / 2 * len({"private", "heldout"} & set(roles))
         return math.ceil(share * self.records)
 
-    def rows(self, examples: int) -> int:
-        """Rows of one epoch over so many records."""
-        if not self.config.data.pack:
-            return examples
-        return math.ceil(examples * self.stated.record_tokens / self.row_length / FILLED)
+    def scored_examples(self) -> int:
+        """Examples of the roles that are scored."""
+        shares, canaries = self.config.data.roles, self.config.data.canaries
+        found = sum(math.ceil(shares.get(role, 0.0) * self.records) for role in self.config.score.roles)
+        invented = canaries.per_cell * len(canaries.repeats) * len(PLACEMENTS)
+        return found + (invented if "canary" in self.config.score.roles else 0)
 
-    def scored_rows(self, examples: int) -> int:
-        """Rows of a scoring pass, which packs whatever `data.pack` says."""
-        return math.ceil(examples * self.stated.record_tokens / self.row_length / FILLED)
+    def kept(self, run: Run) -> int:
+        """Checkpoints of a trained run, for each seed, that are kept for scoring."""
+        count = self.config.score.trajectory
+        if not count or not run.train_roles:
+            return 0
+        return min(count, self.steps(run) or count)  # of plain text to pre-train on the steps are not known
+
+    def tables(self, run: Run) -> int:
+        """How often the scored examples are scored for each seed of a run: as they are, as variants, by checkpoints."""
+        copies = {"neighbours": variants.COPIES}
+        return 1 + self.kept(run) + sum(copies.get(name, 1) for name in self.config.score.variants)
+
+    def rows(self, examples: int, packed: bool) -> int:
+        """Rows of so many records: of one epoch with `data.pack`, of a scoring pass always packed."""
+        return math.ceil(examples * self.stated.record_tokens / self.row_length / FILLED) if packed else examples
+
+    def searches(self, run: Run) -> int:
+        """Seeds of a run with which every learning rate of its grid is tried, as `kd_jax.runs` decides."""
+        rates, origin = self.recipe(run).rates, self.runs[run.swap_of or run.name]
+        if len(rates) == 1:
+            return 0
+        if self.recipe(origin).rates != rates:
+            return len(run.seeds)
+        return 0 if run.swap_of else 1
+
+    def fits(self, run: Run) -> int:
+        """Trainings of a run: one a seed, and those of the other learning rates."""
+        return len(run.seeds) + self.searches(run) * (len(self.recipe(run).rates) - 1)
 
     def steps(self, run: Run) -> int:
         """Optimiser steps of a run with one seed and one learning rate."""
         recipe = self.recipe(run)
-        rows = self.rows(self.examples(run.train_roles))
+        rows = self.rows(self.examples(run.train_roles), self.config.data.pack)
         return recipe.steps or math.ceil(recipe.epochs * rows / recipe.batch_rows)
 
     def scored(self, rows: int, packed: bool) -> int:

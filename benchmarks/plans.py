@@ -21,6 +21,7 @@ from kd_jax.errors import ConfigError
 from kd_jax.plan import plan
 from kd_jax.plan.chips import Topology
 from kd_jax.plan.compiled import GIB, Figures, versions
+from kd_jax.plan.sketch import sketch
 
 FSDP = "--config.mesh.data=1 --config.mesh.fsdp={} --config.mesh.tensor={}"
 # (config, topology, options): the config's own mesh where its rows divide over the chips.
@@ -112,7 +113,11 @@ def scaling_row(known: Known, topology: str, chips: int) -> tuple[str, str, str]
 
 def write(folder: Path, out: Path) -> None:
     """The document from the rows that are there."""
-    there = [(row, *read_row(path)) for row in PLANS if (path := row_file(folder, *row)).exists()]
+    there = []
+    for name, topology, options in PLANS:
+        if (path := row_file(folder, name, topology, options)).exists():
+            made, by = read_row(path)  # the times are those of the present arithmetic, whenever it was compiled
+            there.append(((name, topology, options), plan.timed(made, sketch(config_of(name, options))), by))
     made_by = sorted({v for _, _, v in there})
     lines = [
         "# Plans",
@@ -147,7 +152,8 @@ def _row(name: str, topology: str, made: plan.Plan) -> str:
     chip = Topology(topology).chip
     compiled = [f for f in made.figures if not f.fault]
     largest = max(compiled, key=lambda f: f.peak)
-    pace = next((p for p in made.paces if p.run == "students/kd"), made.paces[-1] if made.paces else None)
+    trained = [p for p in made.paces if p.steps]
+    pace = next((p for p in trained if p.run == "students/kd"), trained[-1] if trained else None)
     step = ["-"] * 3 if pace is None else [pace.run, f"{pace.step_seconds * 1e3:.0f}", pace.bound]
     cells = [f"`{name}`", topology, f"{largest.peak / GIB:.2f}", f"{chip.hbm / GIB:.2f}", largest.kind, *step]
     return f"| {' | '.join([*cells, f'{made.hours:.1f}' if made.verdict == 'passes' else '-', made.verdict])} |"

@@ -1,9 +1,11 @@
 """The plan of a config: what is compiled, counted, refused, and where each fact is from."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base, gpt2_kd, llama2_kd, opt_kd, quickstart
-from kd_jax import families
+from kd_jax import families, pairs, score, storage
+from kd_jax.data.encode import Encoded
 from kd_jax.errors import ConfigError
 from kd_jax.plan import chips, compiled, count, disk, hours, plan, programs, sketch
 from kd_jax.plan.published import PUBLISHED
@@ -233,7 +236,6 @@ def test_files_that_do_not_fit_the_disk_are_refused():
     with pytest.raises(ConfigError, match="writes up to 3000.0 GB, most of it teacher caches.*cache_dtype"):
         disk.check({"teacher caches": 2.9e12, "score tables": 0.1e12}, int(1e12), "runs/x")
     disk.check({"teacher caches": 2.9e12}, None, "gs://bucket/x")
-    assert disk.free("gs://bucket/x") is None and disk.free("/nowhere/at/all") > 0
 
 
 def test_checkpoints_are_counted_as_they_are_written():
@@ -242,6 +244,75 @@ def test_checkpoints_are_counted_as_they_are_written():
     model = jax.eval_shape(functools.partial(Transformer, found.shapes["student"].cfg), jax.random.key(0))
     weights = sum(4 * math.prod(x.shape) for x in jax.tree.leaves(model))
     assert disk._checkpoint_bytes(found, run) == 7 * weights  # 2 x (weights, two moments), and the result
+
+
+def test_a_third_checkpoint_exists_while_it_is_written():
+    found = sketch.sketch(small_config())
+    trained = [run for run in found.runs.values() if run.train_roles]
+    without = sum(disk._checkpoint_bytes(found, run) for run in trained)
+    state = max(3 * disk._sizes(found, run)[0] for run in trained)
+    assert disk.needs(found)["checkpoints"] == without + state
+
+
+def test_a_grid_is_searched_once_and_keeps_a_folder_for_every_rate():
+    config = quickstart.get_config()
+    config.recipes.matched.lr_grid = (1e-3, 2e-3, 3e-3)
+    for run in config.runs.values():
+        run.seeds = (0, 1)
+    found = sketch.sketch(config)
+    assert (found.fits(found.runs["teacher"]), disk._folders(found, found.runs["teacher"])) == (4, 5)
+    assert (found.fits(found.runs["swap"]), disk._folders(found, found.runs["swap"])) == (2, 2)
+
+
+def test_every_table_of_the_score_stage_is_counted():
+    """By hand: 41 bytes a scored token, 75 of them a record, 64 bytes a row, 1.6 for Parquet; 5 runs with seeds."""
+    config = small_config()
+    config.data.canaries.per_cell = 2
+    config.data.synthetic.records = 1000
+    config.score.roles = ("private", "dev", "canary")
+    config.runs["students/kd"].seeds = (0, 1)
+    scored = 350 + 130 + 2 * 4 * 3
+    one = scored * (64 + 75 * (4 + 1 + 9 * 4))
+    bytes_of = lambda: disk.needs(sketch.sketch(config))
+    tables = lambda: pytest.approx(bytes_of()["score tables"] / 1.6)
+    assert tables() == 5 * one and bytes_of()["trajectory"] == 0
+    config.score.variants = ("neighbours", "recall")
+    assert tables() == 5 * (1 + 10 + 1) * one
+    config.score.variants = ("lowercase",)
+    assert tables() == 5 * (2 * one + scored * 75 * 41 / 2)
+    config.score.variants, config.score.pairs = (), ("students", "teacher:base_student")
+    assert tables() == 5 * one + (2 + 1) * scored * (64 + 75 * (4 + 1 + 3 * 4 + 2))
+    config.score.pairs, config.score.trajectory = (), 3
+    found = sketch.sketch(config)
+    weights = {name: disk._sizes(found, found.runs[name])[0] for name in ("teacher", "students/kd")}
+    assert bytes_of()["trajectory"] == 3 * (weights["teacher"] + 2 * weights["students/kd"])
+    assert tables() == 5 * one + 3 * 3 * one
+    config.score.pairs = ("teacher:nobody",)
+    with pytest.raises(ConfigError, match="score.pairs"):
+        bytes_of()
+
+
+@pytest.mark.parametrize("kind", ["score", "pair"])
+def test_files_are_no_larger_than_their_bound(kind, tmp_path, check):
+    """Tables of random numbers, which do not compress, as many as a dictionary of Parquet's holds."""
+    rng, n, each = np.random.default_rng(0), 3480, 75
+    ids = np.array([f"{i:016x}" for i in rng.integers(2**60, size=n)], object)
+    sizes = np.full(n, 300, np.int32)
+    offsets = np.arange(n + 1) * (each + 1)
+    encoded = Encoded(ids, ids, ids, np.zeros(offsets[-1], np.int32), offsets, np.ones(offsets[-1]), sizes, sizes, {})
+    whole, names = n * each, score.FIELDS if kind == "score" else tuple(pairs.PAIR_FIELDS)
+    random = {name: rng.normal(size=whole).astype(np.float32) for name in names}
+    integer = {name: rng.integers(2**31, size=whole) for name in ("target_id", "rank", "ties", "top1_id")}
+    truth = {name: rng.random(whole) < 0.5 for name in ("agree", "hit_b")}
+    known = {k: v for k, v in (integer | truth).items() if k in random or k == "target_id"}
+    fields = random | known | {"segment": np.ones(whole, np.int8)}
+    make = score.table if kind == "score" else pairs.table
+    rows = make(encoded, np.arange(n), "private", np.full(n, each), fields)
+    storage.write_parquet(tmp_path / "t.parquet", rows, {})
+    token = disk.score_token_bytes((), (), ()) if kind == "score" else disk.pair_token_bytes()
+    bound = disk.PARQUET * n * (disk.ROW_BYTES + each * token)
+    size = (tmp_path / "t.parquet").stat().st_size
+    check("plan: bytes of a table of random numbers over their bound", size / bound, 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ hours
@@ -260,6 +331,108 @@ def test_hours_follow_from_the_slower_of_roofline_and_stated_share():
     (pace,) = hours.paces(sketch.sketch(config), [figure], chip, 4)
     run = found.runs["students/kd"]
     assert pace.bound == "mfu" and pace.step_seconds == pytest.approx(hours.step_flops(found, run) / (4 * 1e12 * 1e-6))
+
+
+def sampling_figures(name: str) -> list[compiled.Figures]:
+    """Steps of 1 s, weights made ready in 2 s, prompts read in 3 s, 4 s for the 8 tokens of a segment, for 8 rows."""
+    seconds = {"train": (1, 1), "prepare": (2, 1), "prefill": (3, 1), "decode": (4, 8)}
+    about = dict(label="", runs=(name,), arguments=0.0, resident=0.0, rows=8)
+    return [compiled.Figures(kind, moved=1e9 * s, chunks=n, **about) for kind, (s, n) in seconds.items()]
+
+
+@pytest.mark.parametrize(
+    "technique,changes,each",
+    [
+        ("gkd", dict(lmbda=0.25), 0.25 * (2 + 3 + 16 * 4 / 8)),
+        ("distillm", {}, 2 + 3 + 16 * 4 / 8),
+        # 32 samples of one call serve 4 batches of 8, two times
+        ("minillm", dict(rollouts=32, passes=2), 2 / 8 + (3 + 16 * 4 / 8) / 2),
+    ],
+)
+def test_hours_hold_what_every_call_of_the_sampler_makes_ready(technique, changes, each):
+    config = small_config()
+    config.objectives[technique] = base.objective(technique, max_new_tokens=16, **changes)
+    config.runs["students/kd"].technique = technique
+    chip = chips.Chip("c", GIB, 1e9, 1e30, 1e9)
+    (pace,) = hours.paces(sketch.sketch(config), sampling_figures("students/kd"), chip, 1)
+    assert pace.hours * 3600 == pytest.approx(pace.steps * (1 + each))
+
+
+def test_teacher_text_is_made_ready_for_every_shard():
+    config = small_config()
+    config.objectives.seqkd = base.objective("seqkd", max_new_tokens=16)
+    config.runs["students/kd"].technique = "seqkd"
+    chip, found = chips.Chip("c", GIB, 1e9, 1e30, 1e9), sketch.sketch(config)
+    (pace,) = hours.paces(found, sampling_figures("students/kd"), chip, 1)
+    examples = found.examples(found.runs["students/kd"].train_roles)
+    text = math.ceil(examples / 1024) * 2 + math.ceil(examples / 8) * (3 + 16 * 4 / 8)
+    assert pace.hours * 3600 == pytest.approx(pace.steps + text)
+
+
+def test_hours_hold_the_scoring_of_runs_that_are_not_trained():
+    config = small_config()
+    config.score.variants = ("neighbours",)
+    found, chip = sketch.sketch(config), chips.Chip("c", GIB, 1e9, 1e30, 1e9)
+    figure = compiled.Figures("score", "s", ("base_student", "teacher"), 0.0, 0.0, moved=1e9, rows=8)
+    (pace,) = hours.paces(found, [figure], chip, 1)
+    batches = math.ceil(found.rows(found.scored_examples(), packed=True) / 8)
+    assert (pace.run, pace.steps, pace.hours * 3600) == ("base_student", 0, pytest.approx(batches * 11))
+    kept = plan.Plan("h100:8", {"data": 8, "fsdp": 1, "tensor": 1}, [figure], [], [], [])
+    made = plan.timed(plan.from_json(json.loads(json.dumps(dataclasses.asdict(kept)))), found)
+    assert [p.run for p in made.paces] == ["base_student"]
+    (line,) = [line for line in plan.table(made, found).splitlines() if line.startswith("base_student ")]
+    assert line.split()[1:5] == ["-"] * 4, "a run without training has no step"
+
+
+# ------------------------------------------------------------------------------------------------------------ chips
+
+
+@pytest.mark.parametrize(
+    "kind,chip",
+    [
+        ("TPU v4", "TPU v4"), ("TPU v5 lite", "TPU v5e"), ("TPU v5e", "TPU v5e"), ("TPU v5", "TPU v5p"),
+        ("TPU v5p", "TPU v5p"), ("TPU v6 lite", "TPU v6e"), ("TPU v6e", "TPU v6e"),
+        ("NVIDIA A100-SXM4-40GB", "A100 40GB"), ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"), ("NVIDIA H200", "H200 SXM"),
+        ("NVIDIA GH200 480GB", None), ("NVIDIA H100 PCIe", None), ("TPU v4 lite", None), ("TPU7x", None), ("cpu", None),
+    ],
+)  # fmt: skip
+def test_a_hosts_chip_is_known_by_its_whole_name(kind, chip, monkeypatch):
+    here = types.SimpleNamespace(device_kind=kind, memory_stats=lambda: None)
+    monkeypatch.setattr(jax, "local_devices", lambda: [here])
+    found = chips.Topology("host").chip
+    assert found is None if chip is None else found.name == chip and found.hbm > 10 * GIB
+
+
+def test_a_hosts_memory_is_what_the_device_says(monkeypatch):
+    stats = {"bytes_limit": 12 * 2**30, "bytes_in_use": 5}
+    here = types.SimpleNamespace(device_kind="NVIDIA H200", memory_stats=lambda: stats)
+    monkeypatch.setattr(jax, "local_devices", lambda: [here])
+    found = chips.Topology("host").chip
+    assert found.hbm == 12 * GIB and found.peak == chips.CHIPS["h200"].peak and chips.CHIPS["h200"].hbm > 90e9
+
+
+@pytest.mark.parametrize(
+    "backend,topology,wanted",
+    [
+        ("tpu", "host", (1, 3, 6)), ("gpu", "host", (2, 2, 16)), ("cpu", "host", (1, 1, 1)),
+        ("cpu", "v5e:2x2", (1, 3, 6)), ("cpu", "gpu:8", (2, 2, 16)), ("gpu", "h200:8", (2, 2, 16)),
+    ],
+)  # fmt: skip
+def test_what_a_product_of_float32_costs_is_the_platforms(backend, topology, wanted, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    costs = lambda **about: compiled._products(types.SimpleNamespace(**about), chips.Topology(topology))
+    assert tuple(costs(float32=True, precision=p) for p in ("default", "high", "highest")) == wanted
+    assert costs(float32=False, precision="highest") == 1
+
+
+def test_gpus_are_not_virtual_where_real_ones_are(monkeypatch):
+    """On a host with accelerators, virtual devices are those of another process, however many real ones there are."""
+    asked = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(plan, "_elsewhere", lambda config, topology, *_: asked.append(topology.name))
+    plan.make(small_config(data=8), chips.Topology("gpu:8"))
+    assert asked == ["gpu:8"]
 
 
 # -------------------------------------------------------------------------------------------------------------- TPU

@@ -21,8 +21,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax import storage
-from kd_jax import foreign
+from kd_jax import foreign, storage
 from kd_jax.errors import ConfigError
 from kd_jax.plan import disk, hlo, hours, remedies
 from kd_jax.plan.chips import Topology

@@ -7,6 +7,7 @@ labels are shuffled (statistics.md 8): a maximum over forty attacks is above 0.5
 
 import numpy as np
 
+from attacks.membership import ATTACKS, parse
 from attacks.resampling import Permuter, permuted_aucs
 from attacks.rows import Sample, against_chance, auc_of, by_seed, same_examples
 from attacks.statistics import holm
@@ -25,7 +26,8 @@ def attack_rows(study: Study) -> list[dict]:
     permuter, rows = Permuter(PERMUTATIONS, study.settings["seed"]), []
     for run in study.runs:
         for role_pair in study.role_pairs(run):
-            found = {attack: by_seed(study, run, attack, role_pair)[0] for attack in study.attacks(run)}
+            own = [a for a in study.attacks(run) if run not in study.nulls or not ATTACKS[parse(a)[0]].reads_teacher]
+            found = {attack: by_seed(study, run, attack, role_pair)[0] for attack in own}
             shuffled: dict[int | str, dict[str, np.ndarray]] = {}
             for seed in study.seeds(run):
                 samples = {attack: of[seed] for attack, of in found.items() if seed in of}

@@ -22,6 +22,7 @@ from attacks.tables import read_text
 
 GRAM = 13
 SHARE = 0.8  # of the n-grams, above which a text is a near-duplicate; of the tokens of a short one likewise
+TEMPLATE = 0.1  # of the members' texts; n-grams that so many share are the template's
 ODD = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -58,9 +59,19 @@ def gram_hashes(texts: Flat, n: int = GRAM) -> tuple[np.ndarray, np.ndarray]:
 
 
 def shared_grams(texts: list[np.ndarray], among: list[np.ndarray], n: int = GRAM) -> np.ndarray:
-    """Share [d] of the n-grams of each text that occur in any of `among`; NaN for a text shorter than n tokens."""
-    known = np.unique(gram_hashes(Flat.of(among), n)[0])
+    """Share [d] of the n-grams of each text that occur in any of `among`; NaN for a text that has none.
+
+    An n-gram of a tenth of `among` or more belongs to the prompts' template, not to a record: it counts nowhere.
+    """
+    hashes, owner = gram_hashes(Flat.of(among), n)
+    order = np.lexsort((owner, hashes))
+    hashes, owner = hashes[order], owner[order]
+    once = np.append(True, (np.diff(hashes) != 0) | (np.diff(owner) != 0))[: len(hashes)]  # for every text that has it
+    known, texts_with = np.unique(hashes[once], return_counts=True)
+    template = known[texts_with >= max(TEMPLATE * len(among), 10)]
     hashes, owner = gram_hashes(Flat.of(texts), n)
+    own = ~np.isin(hashes, template)
+    hashes, owner = hashes[own], owner[own]
     found = np.bincount(owner, np.isin(hashes, known), len(texts))
     total = np.bincount(owner, minlength=len(texts))
     return np.where(total > 0, found / np.maximum(total, 1), np.nan)

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from attacks.blind import TooFew, blind_aucs, blind_interval
+from attacks.membership import ATTACKS, parse
 from attacks.rows import against_chance, auc_of, by_seed, compare, estimate, same_examples
 from attacks.statistics import Difference, Influence, Interval, holm
 from attacks.study import CANARIES, Pair, Study, Unresolved
@@ -145,6 +146,8 @@ def null_rows(study: Study) -> list[dict]:
     rows, p_values = [], []
     for run in study.nulls:
         for attack in study.attacks(run):
+            if ATTACKS[parse(attack)[0]].reads_teacher:
+                continue
             for seed, sample in by_seed(study, run, attack, "private-heldout")[0].items():
                 pair = sample[0]
                 p_values.append(against_chance([pair.auc], [sample]))

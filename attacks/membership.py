@@ -71,6 +71,11 @@ class Attack:
         return "reference" in self.inputs
 
     @property
+    def reads_teacher(self) -> bool:
+        """Does it look at the teacher itself, so that it says something about members whichever model is attacked?"""
+        return bool({"teacher", "pair"} & set(self.inputs))
+
+    @property
     def fitted(self) -> bool:
         return any(name.startswith("calib_") for name in self.inputs)
 

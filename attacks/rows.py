@@ -153,7 +153,7 @@ def _attack_rows(study: Study, run: str, role_pair: str, attack: str) -> list[di
     blocks: dict[int | str, list[Sample] | str] = {seed: [sample] for seed, sample in samples.items()} | reasons
     if len(blocks) > 1:
         blocks["all"] = list(samples.values()) if not reasons else "; ".join(dict.fromkeys(reasons.values()))
-    rows = []
+    rows, slices = [], {}
     for seed, block in blocks.items():
         at = head | {"task": "all", "seed": seed}
         if isinstance(block, str):
@@ -161,9 +161,13 @@ def _attack_rows(study: Study, run: str, role_pair: str, attack: str) -> list[di
             continue
         rows += _whole_rows(study, at, block)
         if study.settings["tasks"]:
-            tasks = {str(t) for p in block[0] for t in (*np.unique(p.member_task), *np.unique(p.nonmember_task))}
-            rows += [_task_row(study, at | {"task": task}, block) for task in sorted(tasks - {"all"})]
+            rows += [_task_row(at | {"task": task}, block, slices) for task in _tasks(block[0])]
     return rows
+
+
+def _tasks(sample: Sample) -> list[str]:
+    tasks = {str(t) for pair in sample for t in (*np.unique(pair.member_task), *np.unique(pair.nonmember_task))}
+    return sorted(tasks - {"all"})
 
 
 def _metrics(study: Study, role_pair: str) -> list[str]:
@@ -190,9 +194,15 @@ def _whole_rows(study: Study, at: dict, block: list[Sample]) -> list[dict]:
     return [_row(at | {"metric": metric}, found[metric], block) for metric in metrics]
 
 
-def _task_row(study: Study, at: dict, block: list[Sample]) -> dict:
+def _task_row(at: dict, block: list[Sample], slices: dict[tuple[int, str], Sample]) -> dict:
+    """slices: what was cut before, by seed and task; the row of all seeds has the same as those of each."""
     try:
-        part = [[pair.only(at["task"]) for pair in sample] for sample in block]
+        part = []
+        for sample in block:
+            key = (sample[0].seed, at["task"])
+            if key not in slices:
+                slices[key] = [pair.only(at["task"]) for pair in sample]
+            part.append(slices[key])
     except Unresolved as why:
         return at | {"metric": "auc", "reason": str(why)}
     return _row(at | {"metric": "auc"}, estimate([auc_of(sample) for sample in part], part), part)

@@ -87,7 +87,8 @@ class Study:
 
     scores: by (run, seed, attack, role); missing: why one is not there, by the same key.
     losses: nats and tokens by (run, seed, role).
-    made, draws, grouped: pairs, their resampled rates and their groups, kept because several tables ask for the same.
+    made, draws, thresholds, grouped, drawn_rows: pairs, their resampled rates, their thresholds, and by ids their
+    groups and rows of the splits, kept because several tables ask for the same.
     clamps, caps: by run and seed, (clamped, all) tokens of Min-K%++ and (capped, all) terms of DC-PDD.
     plan: the attacks on every run.  unavailable: those of the settings that its tables do not allow, one a reason.
     notes: what a reader must know of the scores, as sentences.
@@ -107,11 +108,13 @@ class Study:
     notes: list[str] = field(default_factory=list)
     made: dict[tuple, Pair] = field(default_factory=dict, repr=False)
     draws: dict[tuple, np.ndarray] = field(default_factory=dict, repr=False)
+    thresholds: dict[tuple, float] = field(default_factory=dict, repr=False)
     grouped: dict[tuple, Groups | None] = field(default_factory=dict, repr=False)
+    drawn_rows: dict[tuple, pd.DataFrame] = field(default_factory=dict, repr=False)
 
     # --- runs --------------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def runs(self) -> list[str]:
         return list(dict.fromkeys(run for run, _ in self.tables))
 
@@ -199,9 +202,12 @@ class Study:
 
     def threshold(self, pair: Pair) -> float:
         """The threshold of greatest balanced accuracy on the calibration records of the same model and attack."""
-        calib = self._pair(pair.run, pair.seed, pair.attack, "calib")
-        halves = (calib.members, calib.nonmembers)
-        return best_threshold(*(halves[::-1] if pair.role_pair == "heldout-private" else halves))
+        key = (pair.run, pair.seed, pair.attack, pair.role_pair == "heldout-private")
+        if key not in self.thresholds:
+            calib = self._pair(pair.run, pair.seed, pair.attack, "calib")
+            halves = (calib.members, calib.nonmembers)
+            self.thresholds[key] = best_threshold(*(halves[::-1] if key[-1] else halves))
+        return self.thresholds[key]
 
     def rates(self, pair: Pair, fprs: tuple[float, ...]) -> np.ndarray:
         """TPR at each FPR in the resamples of a whole pair (not of one task) [B, len(fprs)]."""
@@ -272,11 +278,14 @@ class Study:
         """The rows of splits.parquet of these records. Raises Unresolved where there is none."""
         if self.splits is None:
             raise Unresolved("no text/splits.parquet beside the score tables: the coins are not known")
-        # Windows of a long text are named id#k; the coin is the record's.
-        rows = self.splits.index.get_indexer([i.partition("#")[0] for i in ids])
-        if (rows < 0).any():
-            raise Unresolved("text/splits.parquet does not list all scored records: it belongs to another run")
-        return self.splits.iloc[rows]
+        key = (len(ids), ids.tobytes())
+        if key not in self.drawn_rows:
+            # Windows of a long text are named id#k; the coin is the record's.
+            rows = self.splits.index.get_indexer([i.partition("#")[0] for i in ids])
+            if (rows < 0).any():
+                raise Unresolved("text/splits.parquet does not list all scored records: it belongs to another run")
+            self.drawn_rows[key] = self.splits.iloc[rows]
+        return self.drawn_rows[key]
 
 
 def _make_pair(key: tuple, members: Scores, nonmembers: Scores) -> Pair:

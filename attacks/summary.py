@@ -153,7 +153,10 @@ def _sentence(study: Study, headline: dict, comparison: dict, gates: list[dict],
     model = headline["model"]
     if headline["refused"] is not None:
         excess = _find(gates, gate="blind", model=model, metric="auc_minus_blind") if blind.separates else None
-        more = f" Beyond the text, {headline['attack']} adds {_percent(excess)} of pairs." if excess else ""
+        more = ""
+        if excess:
+            adds = f"adds {_percent(excess)} of pairs" if excess["ci_low"] > 0 else "adds nothing that can be resolved"
+            more = f" Beyond the text, {headline['attack']} {adds}."
         return f"No headline number: {headline['refused']}.{more}"
     holder = "only the student" if model in study.students else f"only the model {model}"
     beside = [("without a teacher", "null"), ("the teacher itself", "teacher"), ("from the text alone", "blind")]
@@ -284,7 +287,7 @@ def _not_tested(study: Study, membership: list[dict]) -> list[str]:
     rates = sorted({metric.removeprefix("tpr_at_fpr_") for metric in few})
     found += [f"TPR at an FPR of {100 * float(rate):g} %: too few non-members" for rate in rates]
     tried = dict.fromkeys(row["attack"] for row in membership)
-    return [*found, f"attacks other than {', '.join(tried)}; extraction and memorization of text"]
+    return [*found, f"attacks other than the {len(tried)} of this audit; extraction and memorization of text"]
 
 
 def group_facts(study: Study) -> dict:

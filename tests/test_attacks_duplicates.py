@@ -1,6 +1,7 @@
 """Near-duplicates: 13-grams, short texts, and the AUC without them."""
 
 import time
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -11,10 +12,15 @@ from attacks.audit import audit
 from attacks.duplicates import close_short, edit_distances, near_duplicates, shared_grams
 
 
+def grams_of(text, n):
+    return [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
+
+
 def naive_share(text, among, n=13):
-    known = {tuple(t[i : i + n]) for t in among for i in range(len(t) - n + 1)}
-    grams = [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
-    return np.mean([g in known for g in grams]) if grams else np.nan
+    texts_with = Counter(gram for t in among for gram in set(grams_of(t, n)))
+    template = {gram for gram, count in texts_with.items() if count >= max(len(among) / 10, 10)}
+    grams = [gram for gram in grams_of(text, n) if gram not in template]
+    return np.mean([g in texts_with for g in grams]) if grams else np.nan
 
 
 def naive_distance(a, b):
@@ -34,6 +40,15 @@ def test_shared_grams_are_the_naive_ones():
     assert np.isnan(shared_grams([np.arange(12)], members)).all()
     half = np.arange(100, 150)  # a text's end and the next one's beginning make no gram
     assert shared_grams([half], [half[:25], half[25:]])[0] == pytest.approx(26 / 38)
+
+
+def test_the_template_of_the_prompts_is_nobodys_text():
+    rng = np.random.default_rng(1)
+    template = np.arange(1000, 1040)
+    members, others = ([np.concatenate([template, rng.integers(0, 500, 20)]) for _ in range(40)] for _ in range(2))
+    np.testing.assert_array_equal(shared_grams(others, members), 0)
+    others[3] = members[5]
+    assert np.flatnonzero(shared_grams(others, members) > 0.8).tolist() == [3]
 
 
 def test_edit_distance():

@@ -10,10 +10,10 @@ import pandas as pd
 import pytest
 
 from attacks.report import build
+from attacks.report.canaries import choose_canaries
 from attacks.report.figures import Picture, draw_all
 from attacks.report.html import page
 from attacks.report.results import COLUMNS, load
-from attacks.report.sections import choose_canaries
 
 TASKS = (
     "brainstorming classification closed_qa creative_writing general_qa information_extraction open_qa summarization"
@@ -272,18 +272,48 @@ def test_values_below_one_half_are_shown_as_they_are(full):
 
 def test_what_cannot_be_resolved_is_said_with_its_reason(full):
     html = Page(full.read_text())
-    # one model x attack x role pair each: 9 x 6 - 2 references to themselves, and the averaged rows of one student
-    assert f"{9 * 6 - 2 + 6} values: {REASON}" in html.text
-    assert html.text.count("not resolvable1") == 10 + 58  # the headline attack's table, and the one of all attacks
+    assert f"{REASON}TPR at FPR 0.1 %9 models6 attacksall0" in html.text
+    # the primary attack's table, averaged included; that of the five others on the students
+    assert html.text.count("not resolvable1") == 10 + 5 * 3
+
+
+def test_a_task_that_is_too_small_gives_its_reason_from_an_entry_for_many_models(tmp_path):
+    folder = fake_results(tmp_path)
+    table = pd.read_csv(folder / "membership.csv", keep_default_na=False)
+    small = (table.task == "open_qa") & (table.model == "teacher") & (table.attack == "loss")
+    table.loc[small, ["value", "ci_low", "ci_high"]] = ""
+    table.to_csv(folder / "membership.csv", index=False)
+    summary = json.loads((folder / "summary.json").read_text())
+    at = {"model": "null, teacher", "attack": "loss, zlib", "role_pair": PAIR, "task": "open_qa", "metric": "auc"}
+    summary["unresolved"].append(at | {"seed": "0", "reason": "3 members and 1 non-members"})
+    (folder / "summary.json").write_text(json.dumps(summary))
+    results = load(folder)
+    where = {"model": "teacher", "attack": "zlib", "role_pair": PAIR, "task": "open_qa", "metric": "auc", "seed": "0"}
+    assert results.reason(where) == "3 members and 1 non-members"
+    assert results.reason(where | {"model": "direct"}) is None and results.reason(where | {"seed": "1"}) is None
+    text = Page(page(results, {}, show_canaries=False)).text
+    assert "open_qaprivate-heldoutnot computed: 3 members and 1 non-members" in text
+    assert "3 members and 1 non-membersAUCnull, teacherloss, zlibopen_qa0" in text
 
 
 def test_every_table_of_leaks_names_setting_seed_counts_and_utility(full):
     tables = re.findall(r"<thead>.*?</thead>", full.read_text())
     leaks = [t for t in tables if ">AUC<" in t or "Difference" in t]
-    assert len(leaks) == 11  # leaks and attacks for none, disjoint and shared; tasks, canaries twice; differences twice
+    # leaks of three settings, other attacks of two; tasks; canaries twice; differences twice
+    assert len(leaks) == 10
     for head in leaks:
         assert all(f">{c}<" in head for c in ("Setting", "Members / non-members", "Seed", "Roles"))
         assert "Dev loss" in head
+
+
+def test_tables_of_attack_by_model_say_what_they_rest_on(full):
+    grids = re.findall(r"<table><caption>[^<]*AUC with its 95 % interval.*?</table>", full.read_text(), re.S)
+    assert len(grids) == 3 and all("Setting: disjoint" in g for g in grids if "kd_shared" not in g and ">kd<" in g)
+    for grid in grids:
+        heads = re.findall(r'<th scope="row">(.*?)</th>', grid)
+        assert heads[0].startswith("loss") and "named beforehand" in heads[0] and "logprobs" in heads[0]
+        assert heads[-4:] == ["Members / non-members", "Roles", "Seed", "Dev loss"]
+        assert '<tr class="audited"><th scope="row">loss' in grid
 
 
 def test_no_record_is_shown_unless_canaries_are_asked_for(full):
@@ -360,10 +390,10 @@ def test_several_seeds_speak_through_their_mean(tmp_path):
     assert list(rows["seed"]) == ["all", "all"] and list(rows["model"]) == ["null", STUDENT]
     assert list(draw_all(results)) == [
         "chain",
-        "roc",
         "heatmap-none",
         "heatmap-disjoint",
         "heatmap-shared",
+        "roc",
         "tasks",
     ]
 

@@ -84,10 +84,6 @@ def test_all_students_of_a_setting_stand_side_by_side(planted):
         value, low, high = leaks.loc[model, ["value", "ci_low", "ci_high"]]
         assert rows[model]["AUC of loss"] == f"{value:.3f} [{low:.3f}, {high:.3f}]"
         assert {"Dev loss", "ROUGE-L, dev", "ROUGE-L, self_instruct", "Utility", "Seed"} <= set(rows[model])
-        assert (
-            "min_k 0." in rows[model]["AUC of other attacks"]
-            and "reference:null" in rows[model]["AUC of other attacks"]
-        )
         assert rows[model]["Seed"] == "all" and rows[model]["Utility"].startswith("ok")
     assert rows["students/kd"]["Its swap"] != "–" and rows["students/gkd"]["Its swap"] == "–"
     assert float(rows["students/minillm"]["ROUGE-L, dev"].split()[0]) == pytest.approx(28, abs=4)
@@ -97,7 +93,8 @@ def test_how_they_were_trained(planted):
     rows = Tables(planted[2]).find("How each student was trained")
     assert list(rows) == STUDENTS
     gkd = rows["students/gkd"]
-    assert gkd["Objective"] == "student, jsd, ce 0.5" and gkd["Response tokens"] == "16,000"
+    assert gkd["Objective"] == "student, jsd" and gkd["Response tokens"] == "16,000"
+    assert "The same in all their objectivesce 0.5" in Tables(planted[2]).text
     assert gkd["Learning rate"] == "0.0005 (of 3 tried)" and gkd["Checkpoint"] == "last step"
     assert gkd["Where they came from"] == "data set 50.0 % student's own text 50.0 %" and gkd["Final phi"] == "–"
     assert rows["students/distillm"]["Final phi"] == "0" and gkd["Step used"] == "90 of 90"
@@ -133,15 +130,16 @@ def test_one_seed_says_so_on_top_and_ranks_nothing(tmp_path):
 def test_pictures_of_techniques(planted):
     _, results, html = planted
     pictures = draw_all(results)
-    assert list(pictures) == ["chain", "techniques-disjoint", "usefulness-disjoint", "roc", "heatmap"]
-    for name in ("techniques-disjoint", "usefulness-disjoint"):
+    of_techniques = ["techniques-disjoint", "usefulness-disjoint"]
+    assert list(pictures) == ["chain", "heatmap", "heatmap-2", *of_techniques, "roc"]
+    for name in of_techniques:
         image = matplotlib.image.imread(BytesIO(pictures[name].png))
         assert image.shape[1] == pytest.approx(5.2 * 220, abs=2) and np.ptp(image[..., :3]) > 0.5
         assert all(technique in pictures[name].alt for technique in STRENGTHS)
     leaks = results.leaks(["null", *STUDENTS], attack="loss")
     assert all(f"{r.model} {r.value:.3f}" in pictures["techniques-disjoint"].alt for r in leaks.itertuples())
     assert "ROUGE-L (0 to 100) on dev" in pictures["usefulness-disjoint"].alt
-    assert html.count("<figure>") == 5 and 'href="#techniques-disjoint"' in html
+    assert html.count("<figure>") == 6 and 'href="#techniques-disjoint"' in html
 
 
 def test_without_rouge_of_every_student_the_picture_takes_the_dev_loss(planted, tmp_path):

@@ -64,6 +64,12 @@ def tagged(results: Results, model: str) -> str:
     return model if setting == "-" else f"{model} ({setting})"
 
 
+def brief(model: str) -> str:
+    """`students/kd` -> `kd`, `swap_students/kd` -> `swap of kd`: where all models are of one setting."""
+    place, _, name = model.partition("/")
+    return {"students": name, "swap_students": f"swap of {name}"}.get(place, model)
+
+
 def spread(values) -> str:
     """`500`, or `484 to 500` where rows differ."""
     v = [int(x) for x in values if np.isfinite(x)]
@@ -104,15 +110,21 @@ def panel(figure: Figure, left: float, bottom: float, width: float, height: floa
     return figure.add_axes((left / w, bottom / h, width / w, height / h))
 
 
-def row_name(axes: Axes, y: float, words: str, points: float, **style) -> None:
-    """The name of a row, left of the axes."""
-    size = fit(words, NAMES - 0.15, points)
-    axes.text(-0.03, y, words, transform=axes.get_yaxis_transform(), ha="right", va="center", size=size, **style)
+def row_name(axes: Axes, y: float, words: str, points: float, width: float = NAMES, x: float = -0.03, **style) -> None:
+    """The name of a row, left of the axes, where `width` inches are kept for it; x: its end, of the axes' width."""
+    size = fit(words, width - 0.15, points)
+    axes.text(x, y, words, transform=axes.get_yaxis_transform(), ha="right", va="center", size=size, **style)
 
 
 def bare(axes: Axes) -> None:
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
+
+
+def readable(colour: tuple) -> str:
+    """Black or white, whichever has more contrast on this colour (RGB from 0 to 1; WCAG 2 relative luminance)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour[:3]]
+    return "white" if np.dot(linear, (0.2126, 0.7152, 0.0722)) < 0.179 else "black"
 
 
 def limits(values, least: float = 0.02) -> tuple[float, float]:

@@ -6,10 +6,12 @@ import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from PIL import Image
 
+from attacks.report.canary_figures import draw_exposure
 from attacks.report.drawing import (
     CHANCE,
     GREY,
@@ -36,30 +38,46 @@ from attacks.report.drawing import (
     tagged,
     titled,
 )
+from attacks.report.heatmaps import draw_heatmaps
+from attacks.report.inheritance_figures import draw_inheritance
 from attacks.report.results import MAIN_PAIR, Results, kind
 from attacks.report.technique_figures import draw_leaks, draw_use
 
 
 def draw_all(results: Results) -> dict[str, Picture]:
-    """Every figure that the tables allow, by name: chain, roc, heatmap, tasks; of each setting with several students
-    techniques-<setting> and usefulness-<setting>; where there are two settings, heatmap-<setting> instead."""
+    """Every figure that the tables allow, by name, in the order of the page.
+
+    chain, heatmap, roc, agreement, vulnerable, supervision, alpha, tasks, exposure; of each setting with several
+    students techniques-<setting> and usefulness-<setting>.  Where there are two settings, one for each:
+    heatmap-<setting>; where there are many models or series, several: heatmap-2.
+    """
     pictures = {}
     with rc_context(RC):
         drawn = {
             "chain": _chain(results, results.chain, "Who can be recognised?", blind=True),
+            **draw_heatmaps(results),
             **{f"techniques-{setting}": draw_leaks(results, setting) for setting in results.techniques},
             **{f"usefulness-{setting}": draw_use(results, setting) for setting in results.techniques},
             "roc": _roc(results),
-            **_heatmaps(results),
+            **draw_inheritance(results),
             "tasks": _tasks(results),
+            "exposure": draw_exposure(results),
         }
         for name, parts in drawn.items():
             if parts is not None:
                 figure, caption, alt = parts
-                file = BytesIO()
-                FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
-                pictures[name] = Picture(file.getvalue(), caption, alt)
+                pictures[name] = Picture(_png(figure), caption, alt)
     return pictures
+
+
+def _png(figure: Figure) -> bytes:
+    """The drawing as a PNG of 256 colours: a quarter of the bytes, and the page must fit into a mail."""
+    canvas, file = FigureCanvasAgg(figure), BytesIO()
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    image = image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()
 
 
 def _chain(results: Results, models: list[str], title: str, blind: bool = False) -> Drawing | None:
@@ -143,69 +161,6 @@ def _roc(results: Results) -> Drawing | None:
         "better than a coin. One line per seed; intervals stand in the table “Leak by model”."
     )
     return figure, caption, f"ROC curves of {', '.join(names)}, and the chance line; numbers stand in “Leak by model”."
-
-
-def _heatmaps(results: Results) -> dict[str, Drawing | None]:
-    groups = results.apart(pd.DataFrame({"model": results.models}))
-    name = lambda models: (
-        "heatmap" if len(groups) == 1 else f"heatmap-{results.settings[models[0]].strip('-') or 'none'}"
-    )
-    return {name(models): _heatmap(results, models) for _, part in groups for models in [list(part["model"])]}
-
-
-def _heatmap(results: Results, models: list[str]) -> Drawing | None:
-    cells = {a: results.leaks(models, attack=a).set_index("model") for a in results.attacks}
-    rows = pd.concat(cells.values())
-    if rows["value"].isna().all():
-        return None
-    numbers = ("value", "ci_low", "ci_high")
-    value, low, high = (pd.DataFrame({a: c[k] for a, c in cells.items()}).reindex(models) for k in numbers)
-    if value.shape[1] > value.shape[0]:
-        value, low, high = value.T, low.T, high.T
-    down, across = value.shape
-    columns = [tagged(results, c) for c in value.columns]
-    cell = (WIDTH - NAMES - 0.2) / max(across, 4) if across <= 6 else 0.55
-    body, foot = 0.48 * down, 0.3 + 0.052 * max(map(len, columns))
-    width, height = max(NAMES + cell * across + 0.2, WIDTH), 1.5 + body + foot
-    settings = f"AUC; {results.setting_words(models)}"
-    figure = titled(width, height, "Every attack against every model", settings, sample_words(rows))
-    axes = panel(figure, NAMES, foot, cell * across, body)
-    reach = max(0.1, np.nanmax(np.abs(rows["value"] - 0.5)))
-    norm = TwoSlopeNorm(0.5, 0.5 - reach, 0.5 + reach)
-    image = axes.imshow(value.to_numpy(float), cmap="PuOr_r", norm=norm, aspect="auto")
-    axes.set_facecolor("#f2f2f2")
-    for i, j in np.ndindex(down, across):
-        v, a, b = (t.iat[i, j] for t in (value, low, high))
-        if not np.isfinite(v):
-            axes.text(j, i, "not run", ha="center", va="center", size=7.5, color=GREY)
-            continue
-        dark = np.dot(image.cmap(norm(v))[:3], (0.299, 0.587, 0.114)) < 0.45
-        style = {"ha": "center", "va": "center", "color": "white" if dark else "black"}
-        axes.text(j, i - 0.16, f"{v:.2f}", size=10.5, weight="bold" if a > 0.5 or b < 0.5 else "normal", **style)
-        axes.text(j, i + 0.24, f"{_short(a)}–{_short(b)}", size=7.6, **style)
-    axes.set_xticks(range(across), columns, rotation=42, ha="right", rotation_mode="anchor", size=9)
-    axes.set_yticks([])
-    for i, name in enumerate(value.index):
-        row_name(axes, i, tagged(results, name).replace(" ", "\n"), 9)
-    axes.set_xticks(np.arange(1, across) - 0.5, minor=True)
-    axes.set_yticks(np.arange(1, down) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", lw=1.2)
-    axes.tick_params(which="both", length=0)
-    axes.spines[:].set_visible(False)
-    scale = panel(figure, NAMES, height - 1.12, cell * across, 0.12)
-    bar = figure.colorbar(image, cax=scale, orientation="horizontal")
-    bar.set_ticks([0.5 - reach, 0.5, 0.5 + reach], labels=[f"{0.5 - reach:.2f}", "0.50 chance", f"{0.5 + reach:.2f}"])
-    bar.ax.tick_params(labelsize=8.5, length=2)
-    bar.outline.set_visible(False)
-    caption = (
-        "AUC with its 95 % interval. Bold: the interval excludes 0.5. These are many comparisons and the intervals are "
-        "not corrected for that; a few exclude 0.5 by chance. No value is flipped or cut at 0.5."
-    )
-    return figure, caption, "Heat map of AUC by attack and model; the table of all attacks has the same numbers."
-
-
-def _short(x: float) -> str:
-    return "?" if not np.isfinite(x) else f"{x:.2f}".removeprefix("0")
 
 
 def _tasks(results: Results) -> Drawing | None:

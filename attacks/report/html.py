@@ -29,6 +29,8 @@ ACCESS = {
     "auditor": "more than any outsider has: runs that only the auditor can make",
     "public-data": "the public data, or a model trained on it",
     "base-model": "the checkpoint the model started from",
+    "nonmembers": "some records known not to be members",
+    "members": "some records known to be members",
 }
 SETTINGS = {
     "disjoint": "the student is distilled on public records, never on the teacher's private ones",
@@ -39,13 +41,16 @@ REFUSED = "The headline was refused: what this picture shows may come from the s
 
 def page(results: Results, pictures: dict[str, Picture], show_canaries: bool) -> str:
     """The whole page as HTML. The figures are inlined; nothing in it refers to another file or host."""
-    s = results.summary
+    s, model = results.summary, results.headline["model"]
     body = sections.all_sections(results, pictures, show_canaries)
     links = [("how", "How to read this"), *((k, title) for k, (title, _) in body.items()), ("glossary", "Glossary")]
     notes = [tag("li", w, css="warning") for w in s.get("warnings") or []]
     told_below = {words for r in s.get("ranking") or [] if len(r["words"]) > 1 for words in r["words"]}
+    # What is said of every student stands in its section; of these only the audited model's is said on top.
+    told_below |= {w for w in (s.get("corrected") or {}).get("words") or [] if not w.startswith(f"{model}: ")}
+    told_below |= {(s.get("tasks") or {}).get("words")}
     notes += [tag("li", v) for v in s.get("verdicts") or [] if v not in told_below]
-    setting = results.setting_words([results.headline["model"]])
+    setting = results.setting_words([model])
     chips = [setting, _seeds(results), f"unit of privacy: {s.get('unit') or 'not stated'}"]
     layout = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return layout.substitute(

@@ -7,6 +7,7 @@ from html import escape
 import numpy as np
 
 from attacks.report.drawing import Picture
+from attacks.report.results import Results
 
 NBSP = "\N{NO-BREAK SPACE}"
 
@@ -44,6 +45,15 @@ def table(rows: list[dict], caption: str = "", audited: str | None = None) -> Ht
     parts = [tag("caption", caption)] if caption else []
     parts += [tag("thead", tag("tr", head)), tag("tbody", join(*body))]
     return tag("div", tag("table", join(*parts)), css="scroll")
+
+
+def model_tables(results: Results, rows: dict[str, dict | list[dict]], caption: str) -> Html:
+    """Rows by their model as one table for each setting: two settings never share a table."""
+    parts = []
+    for said, models in results.models_apart(rows):
+        own = [row for m in models for row in (rows[m] if isinstance(rows[m], list) else [rows[m]])]
+        parts.append(table(own, said + caption, results.headline["model"]))
+    return join(*parts)
 
 
 def folded(label: str, content: Html) -> Html:

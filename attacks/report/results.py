@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from attacks.membership import ATTACKS, FIRST
+
 TEXT = {"model", "model_a", "model_b", "technique", "setting", "access", "attack", "role_pair", "task", "metric"}
-TEXT |= {"ci_kind", "seed", "gate", "verdict", "measure"}
+TEXT |= {"ci_kind", "seed", "gate", "verdict", "measure", "test", "rule", "teacher", "student", "class", "group"}
+TEXT |= {"by_construction", "placement", "example_id"}
 COLUMNS = {
     "membership.csv": "model technique setting access attack role_pair task metric value ci_low ci_high ci_kind "
     "n_members n_nonmembers seed",
@@ -17,8 +20,30 @@ COLUMNS = {
     "gates.csv": "gate model task metric value ci_low ci_high n seed verdict",
     "utility.csv": "model technique setting measure value ci_low ci_high n seed",
     "roc.parquet": "model attack role_pair seed fpr tpr",
+    "attacks.csv": "model role_pair seed attack auc p_value p_corrected rule family null_median",
+    "tasks.csv": "test model model_b setting attack role_pair seed task value ci_low ci_high statistic df p_value "
+    "p_corrected n_members n_nonmembers",
+    "decisions.csv": "model attack role_pair seed measure fpr prior value ci_low ci_high by_chance verdict n_members "
+    "n_nonmembers",
+    "agreement.csv": "teacher student attack rule measure class value ci_low ci_high p_value seed",
+    "supervision.csv": "teacher student attack measure group n value ci_low ci_high p_value by_construction seed",
+    "alpha.csv": "teacher setting technique alpha student attack measure group value ci_low ci_high seed",
+    "exposure.csv": "model seed example_id placement repeats exposure extrapolated n_references fit_p",
+    "dataset.csv": "model measure n value attacks seed",
 }
-KINDS = ("base_student", "base_teacher", "reference", "null", "swap", "swap_student", "student", "direct", "teacher")
+# Everything but membership.csv may be absent.
+KINDS = (
+    "base_student",
+    "base_teacher",
+    "init_student",
+    "reference",
+    "null",
+    "swap",
+    "swap_student",
+    "student",
+    "direct",
+    "teacher",
+)
 TECHNIQUES = ("kd", "seqkd", "imitkd", "gkd", "minillm", "distillm")
 MAIN_PAIR = "private-heldout"
 
@@ -36,9 +61,15 @@ def in_order(models) -> list[str]:
     return sorted(set(models), key=lambda m: (kinds.get(kind(m), len(kinds)), named(m), m))
 
 
+def bare_name(attack: str) -> str:
+    """`reference:null@k=0.3` -> `reference`."""
+    return attack.partition("@")[0].partition(":")[0]
+
+
 def pooled(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows that speak for a model: seed `all` where several seeds were run, else the seed there is."""
     known = ("model", "model_a", "model_b", "attack", "role_pair", "task", "metric", "measure", "gate")
+    known += ("test", "teacher", "student", "rule", "class", "group")
     keys = [frame[k] for k in known if k in frame]
     whole = frame["seed"] == "all"
     return frame[whole | ~whole.groupby(keys).transform("any")] if len(frame) else frame
@@ -54,6 +85,14 @@ class Results:
     gates: pd.DataFrame
     utility: pd.DataFrame
     roc: pd.DataFrame
+    attacks: pd.DataFrame
+    tasks: pd.DataFrame
+    decisions: pd.DataFrame
+    agreement: pd.DataFrame
+    supervision: pd.DataFrame
+    alpha: pd.DataFrame
+    exposure: pd.DataFrame
+    dataset: pd.DataFrame
 
     @cached_property
     def headline(self) -> dict:
@@ -68,10 +107,22 @@ class Results:
         return in_order(self.membership["model"])
 
     @cached_property
-    def attacks(self) -> list[str]:
-        """Attack ids, the headline's first, the others as the table has them."""
-        first = self.headline["attack"]
-        return [first, *(a for a in self.membership["attack"].unique() if a != first)]
+    def attack_ids(self) -> list[str]:
+        """Attack ids, the headline's first, the others in the order of ATTACKS and then of their references."""
+        head, names = self.headline["attack"], list(ATTACKS)
+        found = list(self.membership["attack"].unique())
+        references = {run: i for i, run in enumerate(in_order(a.partition("@")[0].partition(":")[2] for a in found))}
+
+        def place(attack: str) -> tuple:
+            name, reference = bare_name(attack), attack.partition("@")[0].partition(":")[2]
+            return attack != head, names.index(name) if name in names else len(names), references[reference]
+
+        return sorted(found, key=place)
+
+    @cached_property
+    def first_attacks(self) -> list[str]:
+        """The attacks of the first pages: the headline's, then those of the papers and the strongest."""
+        return [a for a in self.attack_ids if a == self.headline["attack"] or bare_name(a) in FIRST]
 
     @cached_property
     def chain(self) -> list[str]:
@@ -102,6 +153,10 @@ class Results:
         words = {s: f"Setting: {s}. " if s != "-" else "Models of no setting. " for s in sorted(settings.unique())}
         return [(said, frame[settings == s]) for s, said in words.items()]
 
+    def models_apart(self, models) -> list[tuple[str, list[str]]]:
+        """The same for names of models, in the order of the story: (words, models of one setting)."""
+        return [(said, list(part["model"])) for said, part in self.apart(pd.DataFrame({"model": in_order(models)}))]
+
     @cached_property
     def swap_of(self) -> dict[str, str]:
         """Student -> the student of the swapped teacher, where there is one: as the run says, else by its name."""
@@ -124,10 +179,30 @@ class Results:
         """One row per model, in the order given: the headline's role pair, else private-heldout."""
         m = pooled(self.membership)
         m = m[m["model"].isin(models) & (m["attack"] == attack) & (m["metric"] == metric) & (m["task"] == task)]
-        rank = {self.headline["role_pair"]: 0, MAIN_PAIR: 1}
-        m = m.assign(rank=m["role_pair"].map(rank)).dropna(subset="rank").sort_values("rank", kind="stable")
-        m = m.drop_duplicates("model").set_index("model")
-        return m.loc[[name for name in models if name in m.index]].drop(columns="rank").reset_index()
+        m = self.of_pair(m).drop_duplicates("model").set_index("model")
+        return m.loc[[name for name in models if name in m.index]].reset_index()
+
+    def of_pair(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """Of each model the rows of the headline's role pair, where it has none those of private-heldout."""
+        rank = frame["role_pair"].map({MAIN_PAIR: 1} | {self.headline["role_pair"]: 0})
+        return frame[rank == rank.groupby(frame["model"]).transform("min")]
+
+    def reason(self, at: dict) -> str | None:
+        """Why a value of membership.csv is empty; at: its model, attack, role_pair, task, metric and seed.
+
+        In the summary one entry may stand for several models, attacks and seeds, joined by commas.
+        """
+        for entry in self._reasons.get((at["role_pair"], at["task"], at["metric"]), ()):
+            if all(str(at[key]) in str(entry.get(key)).split(", ") for key in ("model", "attack", "seed")):
+                return entry["reason"]
+        return None
+
+    @cached_property
+    def _reasons(self) -> dict[tuple, list[dict]]:
+        found: dict[tuple, list[dict]] = {}
+        for entry in self.summary.get("unresolved") or []:
+            found.setdefault(tuple(entry.get(key) for key in ("role_pair", "task", "metric")), []).append(entry)
+        return found
 
     def utility_rows(self, models, measure: str = "dev_loss") -> pd.DataFrame:
         """One row per model that has this measure, in the order given."""
@@ -155,7 +230,7 @@ def _read(folder: Path, name: str) -> pd.DataFrame:
 
 def load(report_dir: str | Path) -> Results:
     """Read `report_dir`. Raises FileNotFoundError without summary.json or membership.csv, ValueError on a table that
-    lacks columns or rows. differences, gates, utility and roc may be absent."""
+    lacks columns or rows. All other tables may be absent."""
     folder = Path(report_dir)
     for name in ("summary.json", "membership.csv"):
         if not (folder / name).exists():

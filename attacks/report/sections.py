@@ -1,12 +1,16 @@
 """The sections of the page below the card: tables of every leak, gate, difference and setting, beside their figures."""
 
-from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 
+from attacks.report.canaries import canary_texts, exposure_section
+from attacks.report.checks import gate_section, unavailable_section
+from attacks.report.decisions import dataset_section, decision_section, task_section
 from attacks.report.drawing import Picture
+from attacks.report.every_attack import attack_section
+from attacks.report.inheritance import agreement_section, alpha_section, supervision_section
 from attacks.report.markup import (
     Html,
     counted,
@@ -15,7 +19,6 @@ from attacks.report.markup import (
     folded,
     is_rate,
     join,
-    listed,
     measured,
     metric_name,
     p_value,
@@ -24,19 +27,13 @@ from attacks.report.markup import (
     table,
     tag,
     text,
-    verdict,
 )
-from attacks.report.results import MAIN_PAIR, Results, in_order, pooled
+from attacks.report.results import MAIN_PAIR, Results, in_order, kind, pooled
 from attacks.report.techniques import ledger_section, technique_sections
 
 CANARY_PAIR = "canary_in-canary_out"
 GRID = "grid_dev_loss"
 OVER = {"both": "seeds and examples"}
-CANARY_RULE = (
-    "Chosen without a look at the models: canaries that went into the teacher's training data and not into the "
-    "student's come first; of each number of repeats the one whose id, a hash of its content, sorts first; then by id, "
-    "up to three."
-)
 RUN_COLUMNS = {
     "technique": "Technique", "setting": "Setting", "train_roles": "Trained on", "teacher": "Teacher",
     "init": "Started from", "recipe": "Recipe", "n_params": "Parameters", "seeds": "Seeds", "step": "Step",
@@ -46,16 +43,23 @@ RUN_COLUMNS = {
 def all_sections(results: Results, pictures: dict[str, Picture], show_canaries: bool) -> dict[str, tuple[str, Html]]:
     """Anchor -> (title, content), in the order of the page; sections with nothing to say are left out."""
     found = {
+        "attacks": ("Every attack on every model", attack_section(results, pictures)),
         **technique_sections(results, pictures),
         "leaks": ("Leak by model", _leaks(results)),
         "roc": ("Few false alarms", figure(pictures.get("roc"))),
-        "attacks": ("All attacks", _attacks(results, pictures)),
-        "tasks": ("By task", _by_task(results, pictures)),
+        "agreement": ("Teacher and student", agreement_section(results, pictures)),
+        "supervision": ("Mixed supervision", supervision_section(results, pictures)),
+        "alpha": ("The weight of the teacher", alpha_section(results, pictures)),
+        "tasks": ("By task", task_section(results, pictures)),
+        "decisions": ("Decisions record by record", decision_section(results)),
         "differences": ("Differences", _differences(results)),
-        "gates": ("Gates", _gates(results)),
+        "exposure": ("Exposure of canaries", exposure_section(results, pictures)),
+        "canaries": ("Canaries", _canaries(results, show_canaries)),
+        "dataset": ("The whole set at once", dataset_section(results)),
+        "gates": ("Gates", gate_section(results)),
         "utility": ("Utility", _utility(results)),
         "ledger": ("What the students were trained on", ledger_section(results)),
-        "canaries": ("Canaries", _canaries(results, show_canaries)),
+        "unavailable": ("What could not be computed", unavailable_section(results)),
         "runs": ("Runs", _runs(results)),
         "settings": ("Data, settings, versions", _settings(results.summary)),
     }
@@ -76,7 +80,7 @@ def _sorted(results: Results, frame: pd.DataFrame) -> pd.DataFrame:
     rank = {
         "role_pair": {MAIN_PAIR: 0, "heldout-private": 1, "averaged": 2, CANARY_PAIR: 3},
         "model": {name: i for i, name in enumerate(results.models)},
-        "attack": {name: i for i, name in enumerate(results.attacks)},
+        "attack": {name: i for i, name in enumerate(results.attack_ids)},
     }
     columns = [*rank, "task", "seed"]
     return frame.sort_values(columns, key=lambda c: c.map(rank[c.name]) if c.name in rank else c, kind="stable")
@@ -102,8 +106,6 @@ def _leak_table(results: Results, frame: pd.DataFrame, caption: str) -> Html:
     rates = sorted((m for m in present if is_rate(m)), key=lambda m: -float(m.rsplit("_", 1)[1]))
     metrics = [m for m in ("auc", "balanced_accuracy") if m in present] + rates
     keys = ["role_pair", "model", "attack", "task", "seed"]
-    unresolved = results.summary.get("unresolved") or []
-    known = {(*(str(u.get(k)) for k in keys), u.get("metric")): u["reason"] for u in unresolved}
     caption, several = _heading(frame, caption)
     marks: dict[str, int] = {}
     rows = []
@@ -114,7 +116,7 @@ def _leak_table(results: Results, frame: pd.DataFrame, caption: str) -> Html:
         for metric in metrics:
             numbers = tuple(by_metric.loc[metric]) if metric in by_metric.index else (np.nan,) * 3
             cells[metric_name(metric)] = measured(*numbers, percent=is_rate(metric))
-            if not finite(numbers[0]) and (reason := known.get((*key, metric))):
+            if not finite(numbers[0]) and (reason := results.reason({**dict(zip(keys, key)), "metric": metric})):
                 mark = marks.setdefault(reason, len(marks) + 1)
                 words = "not resolvable" if is_rate(metric) else "not computed"
                 cells[metric_name(metric)] = join(tag("span", words, css="none"), tag("sup", mark))
@@ -137,44 +139,25 @@ def _leaks(results: Results) -> Html:
     parts = [_leak_tables(results, pooled(m), caption)]
     if m["seed"].nunique() > 1:
         parts.append(folded("The same for every seed", _leak_tables(results, m[m["seed"] != "all"], caption)))
+    if len(rest := _first_on_students(results)):
+        said = "Many comparisons, not corrected for their number."
+        parts.append(folded("The other attacks of the first pages on the students", _leak_tables(results, rest, said)))
     return join(*parts)
 
 
-def _attacks(results: Results, pictures: dict[str, Picture]) -> Html:
+def _first_on_students(results: Results) -> pd.DataFrame:
     m = pooled(results.membership)
-    m = m[(m["task"] == "all") & (m["role_pair"] != CANARY_PAIR)]
-    caption = "Every attack on every model. Many comparisons, not corrected for their number."
-    parts = [
-        *(figure(p) for name, p in pictures.items() if name.startswith("heatmap")),
-        folded("Table of all attacks", _leak_tables(results, m, caption)),
+    others = [a for a in results.first_attacks if a != results.headline["attack"]]
+    models = [x for x in results.models if kind(x) == "student" or x == results.headline["model"]]
+    return m[
+        (m["task"] == "all") & (m["role_pair"] != CANARY_PAIR) & m["attack"].isin(others) & m["model"].isin(models)
     ]
-    reasons = Counter(u["reason"] for u in results.summary.get("unresolved") or [])
-    lines = [f"{number:,} value{'s' if number != 1 else ''}: {reason}" for reason, number in reasons.most_common()]
-    return join(*parts, folded("What could not be computed, and why", listed(lines)) if lines else "")
-
-
-def _by_task(results: Results, pictures: dict[str, Picture]) -> Html:
-    attack, m = results.headline["attack"], pooled(results.membership)
-    m = m[(m["task"] != "all") & (m["attack"] == attack) & m["model"].isin(results.chain)]
-    if m.empty:
-        return tag("p", "There are no results by task.")
-    caption = f"Attack: {attack}. Slices, not corrected for their number. Other models and attacks: membership.csv."
-    rows = [{
-        "Model": r.model, "Setting": r.setting or "-", "Task": r.task, "Roles": r.role_pair,
-        metric_name("auc"): measured(r.value, r.ci_low, r.ci_high),
-        "Members / non-members": counted(r.n_members, r.n_nonmembers), "Seed": r.seed,
-        "Dev loss (all tasks)": _dev_loss(results, r.model, r.seed),
-    } for r in _sorted(results, m[m["metric"] == "auc"]).itertuples()]  # fmt: skip
-    whole = table(rows, caption, results.headline["model"])
-    if "tasks" in pictures:
-        return join(figure(pictures["tasks"]), folded("Table by task", whole))
-    return join(tag("p", "There are too few tasks for a picture."), whole)
 
 
 def _differences(results: Results) -> Html:
     attack, d = results.headline["attack"], pooled(results.differences)
     main = d[(d["task"] == "all") & (d["attack"] == attack) & (d["metric"] == "auc")]
-    rest = d.drop(main.index)
+    rest = d[d["attack"].isin(results.first_attacks)].drop(main.index)
     if d.empty:
         return tag("p", "No two models were compared.")
     note = (
@@ -183,7 +166,11 @@ def _differences(results: Results) -> Html:
     )
     parts = [tag("p", note)]
     parts += [_difference_tables(results, main, "Difference of AUC.")] if len(main) else []
-    parts += [folded("All other comparisons", _difference_tables(results, rest, "Other attacks."))] if len(rest) else []
+    parts += (
+        [folded("Other attacks of the first pages", _difference_tables(results, rest, "All others: differences.csv."))]
+        if len(rest)
+        else []
+    )
     return join(*parts)
 
 
@@ -208,30 +195,6 @@ def _difference_table(results: Results, frame: pd.DataFrame, caption: str) -> Ht
                                      for m in (r.model_a, r.model_b)), separator=" "),
     } for r in frame.itertuples()]  # fmt: skip
     return table(rows, caption)
-
-
-def _gates(results: Results) -> Html:
-    g = pooled(results.gates)
-    if g.empty:
-        return tag("p", "No gate was run: nothing shows that the split itself does not leak.", css="bad")
-    note = (
-        "Checks that must hold before an attack's number means anything. Blind: can the words alone tell the two "
-        "halves apart? (Its intervals are wider than 95 %, since the best of several classifiers counts.) Null: do "
-        "models that never saw private data stay at chance? Utility: did the student learn at all? Abstentions: how "
-        "many records an attack could say nothing about. Single seeds, where there are several: gates.csv."
-    )
-
-    def value(r) -> Html:
-        is_count = finite(r.value) and not finite(r.ci_low) and float(r.value).is_integer()
-        return text(f"{r.value:,.0f}") if is_count else measured(r.value, r.ci_low, r.ci_high)
-
-    rows = [{
-        "Gate": r.gate, "Model": r.model or "–", "Setting": results.settings.get(r.model, "-"),
-        "Task": r.task or "all", "Metric": metric_name(r.metric), "Value": value(r),
-        "n": f"{r.n:,.0f}" if finite(r.n) else "–",
-        "Seed": r.seed or "–", "Verdict": verdict(r.verdict),
-    } for r in g.itertuples()]  # fmt: skip
-    return join(tag("p", note), table(rows))
 
 
 def _utility(results: Results) -> Html:
@@ -291,44 +254,15 @@ def _grid(results: Results, frame: pd.DataFrame, said: str) -> Html:
     return table(rows, said + caption, results.headline["model"])
 
 
-def choose_canaries(canaries: list[dict]) -> list[dict]:
-    """At most three canaries by CANARY_RULE, in the order of their repeats. Looks at no model's answer."""
-    inside = [c for c in canaries if c.get("coin") == 1 and c.get("placement") == "teacher_only"]
-    chosen: dict[str, dict] = {}
-    for pool in (inside, canaries):
-        pool = sorted(pool, key=lambda c: c["example_id"])
-        first_of = {c["repeats"]: c for c in reversed(pool)}
-        chosen |= {c["example_id"]: c for c in [*(first_of[r] for r in sorted(first_of)), *pool]} | chosen
-    return sorted(list(chosen.values())[:3], key=lambda c: (c["repeats"], c["example_id"]))
-
-
 def _canaries(results: Results, show: bool) -> Html:
     m = pooled(results.membership)
-    m = m[(m["role_pair"] == CANARY_PAIR) & (m["task"] == "all")]
-    canaries = results.summary.get("canaries") or []
+    m = m[(m["role_pair"] == CANARY_PAIR) & (m["task"] == "all") & m["attack"].isin(results.first_attacks)]
     caption = "Canaries that were put in against canaries that were left out."
-    parts = [_leak_tables(results, m, caption)] if len(m) else []
-    if canaries and not show:
-        parts.append(tag("p", "Their texts are not shown (show_canaries is off)."))
-    elif canaries:
-        parts += [tag("h3", "Three canaries, word for word"), tag("p", f"Invented records. {CANARY_RULE}")]
-        parts += [_canary(results, c) for c in choose_canaries(canaries)]
-    return join(*parts)
-
-
-def _canary(results: Results, canary: dict) -> Html:
-    """One canary, and what teacher, student and null make of it."""
-    truth, answers = canary["response"].strip(), canary.get("models") or {}
-    rows = [{
-        "Model": model, "Setting": results.settings.get(model, "-"),
-        "Most probable token at each position of the true answer": answers[model]["guess"],
-        "Exact": "yes" if answers[model]["guess"].strip() == truth else "no",
-        "Mean log-probability of the true answer (nats per token)": signed(answers[model].get("mean_logp")) or "–",
-    } for model in ("teacher", results.headline["model"], "null") if model in answers]  # fmt: skip
-    times = f"{canary['repeats']} repeat{'s' if canary['repeats'] != 1 else ''}"
-    where = f"{times}, placement {canary['placement']}, {'put in' if canary.get('coin') == 1 else 'left out'}"
-    said = join(tag("b", "Prompt:"), f" {canary['prompt']}\n", tag("b", "True answer:"), f" {truth}")
-    return join(tag("h3", where), tag("p", said, css="plain"), table(rows) if rows else "")
+    head = m[m["attack"] == results.headline["attack"]]
+    parts = [_leak_tables(results, head, caption)] if len(head) else []
+    if len(rest := m.drop(head.index)):
+        parts.append(folded("The other attacks of the first pages", _leak_tables(results, rest, caption)))
+    return join(*parts, canary_texts(results, show))
 
 
 def _words(value) -> str:

@@ -13,6 +13,7 @@ from attacks.report.drawing import (
     TOP,
     WIDTH,
     Drawing,
+    brief,
     fit,
     forest,
     limits,
@@ -90,7 +91,7 @@ def draw_use(results: Results, setting: str) -> Drawing | None:
         x, y = use.loc[model], leaks.loc[model]
         for ends in (([x.ci_low, x.ci_high], [y.value] * 2), ([x.value] * 2, [y.ci_low, y.ci_high])):
             axes.plot(*ends, "-", color=colour, lw=1, alpha=0.7, zorder=2)
-        axes.plot(x.value, y.value, marker, color=colour, ms=8, mec="white", mew=0.8, zorder=3, label=_short(model))
+        axes.plot(x.value, y.value, marker, color=colour, ms=8, mec="white", mew=0.8, zorder=3, label=brief(model))
     axes.set_xlim(*_ends(use.loc[models]))
     low, high = _ends(pd.concat([leaks.loc[models], pd.DataFrame([{"value": 0.5}])]))
     axes.set_ylim(max(low, -0.01), min(high, 1.01))
@@ -102,7 +103,7 @@ def draw_use(results: Results, setting: str) -> Drawing | None:
     axes.set_axisbelow(True)
     axes.set_xlabel(f"{words}: more useful →", size=9.5)
     axes.set_ylabel("AUC: leaks more →", size=9.5)
-    names = [_short(m) for m in models]
+    names = [brief(m) for m in models]
     size = fit(max(names, key=len), 1.9, 9)
     figure.legend(*axes.get_legend_handles_labels(), loc="lower left", bbox_to_anchor=(0.75 / WIDTH, 0.05 / height),
                   ncols=2, frameon=False, fontsize=size, borderaxespad=0, handlelength=1.2)  # fmt: skip
@@ -118,16 +119,10 @@ def _label(results: Results, model: str, role_pair: str) -> tuple[str, str]:
         "null": "no teacher",
         "direct": "fine-tuned on private data",
         "swap_student": "student of the swap teacher",
-        "student": objective_words(results, model, brief=True),
+        "student": objective_words(results, model, short=True),
     }
     pair = "" if role_pair == MAIN_PAIR else f" ({role_pair})"
-    return _short(model) + pair, words.get(kind(model), "")
-
-
-def _short(model: str) -> str:
-    """`students/kd` -> `kd`, `swap_students/kd` -> `swap of kd`: in these pictures all are of one setting."""
-    place, _, name = model.partition("/")
-    return {"students": name, "swap_students": f"swap of {name}"}.get(place, model)
+    return brief(model) + pair, words.get(kind(model), "")
 
 
 def _mark(model: str, students: list[str]) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from attacks.report.markup import (
     Html,
     figure,
     finite,
+    folded,
     join,
     listed,
     measured,
@@ -25,6 +26,7 @@ SELECTION = {
     "best_dev_loss": "lowest dev loss",
     "best_dev_rouge": "highest dev ROUGE-L",
 }
+NAMED = ("policy", "divergence")  # of an objective, what its students are told by
 SOURCES = {
     "dataset": "data set",
     "teacher": "teacher's text",
@@ -56,14 +58,26 @@ def used_measure(results: Results, students: list[str]) -> str | None:
     return next((m for m in (*sets, "dev_loss") if m in shared), None)
 
 
-def objective_words(results: Results, model: str, brief: bool = False) -> str:
-    """`student, jsd`: policy and divergence; with everything else of the objective where not `brief`."""
-    told = results.runs.get(model, {}).get("objective") or {}
-    head = [str(told[key]) for key in ("policy", "divergence") if told.get(key) not in (None, "")]
-    if brief:
+def objective_words(results: Results, model: str, short: bool = False) -> str:
+    """`student, jsd`: policy and divergence; where not `short`, with what differs between the students of a setting."""
+    told = _objective(results, model)
+    head = [str(told[key]) for key in NAMED if told.get(key) not in (None, "")]
+    if short:
         return ", ".join(head)
-    rest = (f"{k} {_flat(v)}" for k, v in told.items() if k not in ("policy", "divergence") and v not in (None, ""))
+    shared = shared_objective(results, results.settings[model])
+    rest = (f"{k} {_flat(v)}" for k, v in told.items() if k not in (*NAMED, *shared) and v not in (None, ""))
     return ", ".join([*head, *rest]) or "–"
+
+
+def shared_objective(results: Results, setting: str) -> dict:
+    """What all students of a setting have in common in their objectives."""
+    first, *others = [_objective(results, m) for m in results.techniques[setting]]
+    return {k: v for k, v in first.items() if k not in NAMED and all(k in o and o[k] == v for o in others)}
+
+
+def _objective(results: Results, model: str) -> dict:
+    told = results.runs.get(model, {}).get("objective") or {}
+    return {key: value for key, value in told.items() if key != "technique"}
 
 
 def _flat(value) -> str:
@@ -100,10 +114,10 @@ def _ranking(results: Results, setting: str) -> Html:
 
 
 def _leak_and_use(results: Results, setting: str) -> Html:
-    head, *others = results.attacks
+    head = results.headline["attack"]
     controls = beside(results, setting)
     models = [*results.techniques[setting], *controls]
-    leaks = {attack: results.leaks(models, attack=attack).set_index("model") for attack in results.attacks}
+    leaks = results.leaks(models, attack=head).set_index("model")
     sets = sorted({m for m in results.utility["measure"] if m.startswith("rouge_l@")})
     use = {m: results.utility_rows(models, m).set_index("model") for m in ("dev_loss", *sets)}
     gates = pooled(results.gates)
@@ -115,25 +129,21 @@ def _leak_and_use(results: Results, setting: str) -> Html:
 
     rows = []
     for model in models:
-        first = leaks[head].loc[model] if model in leaks[head].index else None
+        first = leaks.loc[model] if model in leaks.index else None
         twin = results.swap_of.get(model)
         rows.append({
             "Model": model,
-            f"AUC of {head}": cell(leaks[head], model),
-            **({"Its swap": cell(leaks[head], twin)} if any(m in results.swap_of for m in models) else {}),
-            "AUC of other attacks": join(*(
-                tag("span", join(f"{a} ", cell(leaks[a], model, short_measured)), css="line")
-                for a in others if model in leaks[a].index)) or "–",
+            f"AUC of {head}": cell(leaks, model),
+            **({"Its swap": cell(leaks, twin)} if any(m in results.swap_of for m in models) else {}),
             "Dev loss": cell(use["dev_loss"], model),
             **{f"ROUGE-L, {m.partition('@')[2]}": cell(use[m], model, short_measured) for m in sets},
             "Utility": verdict(verdicts[model]) if model in verdicts.index else "–",
             "Seed": "–" if first is None else first["seed"],
         })  # fmt: skip
-    spoken = leaks[head]
-    sample = f"{_range(spoken['n_members'])} members, {_range(spoken['n_nonmembers'])} non-members"
-    pairs = ", ".join(dict.fromkeys(spoken["role_pair"]))
+    sample = f"{_range(leaks['n_members'])} members, {_range(leaks['n_nonmembers'])} non-members"
+    pairs = ", ".join(dict.fromkeys(leaks["role_pair"]))
     caption = (
-        f"Setting: {setting}. {sample}, roles {pairs}. Intervals: 95 %, not corrected for the number of attacks. "
+        f"Setting: {setting}. {sample}, roles {pairs}. Intervals: 95 %. "
         "Dev loss in nats per token; ROUGE-L from 0 to 100; utility: is the dev loss below that of the base model? "
         "Below the students: what no teacher, the swapped teacher and the private data themselves give."
     )
@@ -177,7 +187,9 @@ def _training(results: Results, setting: str) -> Html:
         "from those tried (all of them stand under Utility); phi is the share of student samples that DistiLLM's "
         "schedule ended with."
     )
-    return table(rows, caption, results.headline["model"])
+    shared = [f"{k} {_flat(v)}" for k, v in shared_objective(results, setting).items() if v not in (None, "")]
+    same = folded("The same in all their objectives", tag("p", ", ".join(shared))) if shared else ""
+    return join(table(rows, caption, results.headline["model"]), same)
 
 
 def _together(values: list) -> str:

@@ -46,7 +46,7 @@ def test_the_template_of_the_prompts_is_nobodys_text():
     rng = np.random.default_rng(1)
     template = np.arange(1000, 1040)
     members, others = ([np.concatenate([template, rng.integers(0, 500, 20)]) for _ in range(40)] for _ in range(2))
-    np.testing.assert_array_equal(shared_grams(others, members), 0)
+    assert shared_grams(others, members).max() < 0.2  # by chance, where the template ends
     others[3] = members[5]
     assert np.flatnonzero(shared_grams(others, members) > 0.8).tolist() == [3]
 

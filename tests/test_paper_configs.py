@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 import attacks.audit
 import attacks.report
 from configs import gpt2_kd, llama2_kd, opt_kd
-from kd_jax import experiment, hf, sharding
+from kd_jax import experiment, hf, sharding, tables
 from kd_jax.data import synthetic, tokenizer
 from kd_jax.runs import train_runs
 from kd_jax.study import open_study
@@ -80,7 +80,7 @@ def test_a_paper_config_runs_to_its_report(case, records, tmp_path):
         study = open_study(config, tmp_path / "work", mesh)
         assert study.vocab < hf.read_config(config.models.teacher.path).vocab_size, "padding rows are cut off"
         train_runs(study)
-        experiment.score_runs(study)
+        tables.score_runs(study)
     attacks.audit.audit(tmp_path / "work/scores", tmp_path / "work/report", experiment.audit_settings(study))
     page = attacks.report.build(tmp_path / "work/report").read_text()
     assert config.title in page

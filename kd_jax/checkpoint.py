@@ -80,7 +80,8 @@ def fingerprint(params) -> str:
     for name, x in sorted(zip(names(params), jax.tree.leaves(params))):
         digest.update(f"{name} {x.shape} {x.dtype}".encode())
         # A stacked array is as large as a model: one layer at a time comes to the host.
-        for part in x if processes.several() and x.ndim > 2 else [x]:
+        layers = range(x.shape[0]) if processes.several() and x.ndim > 2 else ()
+        for part in (x[i] for i in layers) if layers else (x,):
             digest.update(np.ascontiguousarray(processes.to_host(part)).view(np.uint8).data)
     return digest.hexdigest()[:16]
 

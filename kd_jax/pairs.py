@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -26,6 +25,7 @@ from kd_jax.errors import ConfigError
 from kd_jax.graph import Run
 from kd_jax.head import PAIR_FIELDS, Comparison, head_pair
 from kd_jax.score import Scoring
+from kd_jax.storage import Path
 from kd_jax.transformer import Transformer
 
 
@@ -107,11 +107,5 @@ def score_pair_role(
 
 def table(encoded: Encoded, indices: np.ndarray, role: str, counts: np.ndarray, fields: dict) -> pa.Table:
     """One row per example: ids and sizes, then list columns per scored token."""
-    columns = {
-        "example_id": pa.array([str(i) for i in encoded.example_id[indices]]),
-        "role": pa.array([role] * len(indices)),
-        "task": pa.array([str(t) for t in encoded.task[indices]]),
-        "n_tokens": pa.array(counts, pa.int32()),
-    }
     ordered = {name: fields[name] for name in ("target_id", "segment", *PAIR_FIELDS)}
-    return pa.table(columns | scoring.list_columns(counts, ordered))
+    return pa.table(scoring.identity(encoded, indices, role, counts) | scoring.list_columns(counts, ordered))

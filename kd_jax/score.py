@@ -153,17 +153,23 @@ def table(
     encoded: Encoded, indices: np.ndarray, role: str, counts: np.ndarray, fields: dict[str, np.ndarray]
 ) -> pa.Table:
     """One row per example: ids and sizes, then list columns per scored token."""
-    columns = {
-        "example_id": pa.array([str(i) for i in encoded.example_id[indices]]),
-        "role": pa.array([role] * len(indices)),
-        "task": pa.array([str(t) for t in encoded.task[indices]]),
-        "n_tokens": pa.array(counts, pa.int32()),
+    columns = identity(encoded, indices, role, counts) | {
         "n_bytes": pa.array(encoded.n_bytes[indices], pa.int32()),
         "zlib_bytes": pa.array(encoded.zlib_bytes[indices], pa.int32()),
         "first_div": pa.array(first_divergence(counts, fields["top1_id"], fields["target_id"]), pa.int32()),
     }
     ordered = ["target_id", "segment", *FIELDS, *sorted(set(fields) - {"target_id", "segment", *FIELDS})]
     return pa.table(columns | list_columns(counts, {name: fields[name] for name in ordered}))
+
+
+def identity(encoded: Encoded, indices: np.ndarray, role: str, counts: np.ndarray) -> dict[str, pa.Array]:
+    """The columns by which every table knows its examples."""
+    return {
+        "example_id": pa.array([str(i) for i in encoded.example_id[indices]]),
+        "role": pa.array([role] * len(indices)),
+        "task": pa.array([str(t) for t in encoded.task[indices]]),
+        "n_tokens": pa.array(counts, pa.int32()),
+    }
 
 
 def list_columns(counts: np.ndarray, fields: dict[str, np.ndarray]) -> dict[str, pa.ListArray]:

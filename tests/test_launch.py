@@ -348,14 +348,20 @@ def test_the_program_survives_the_connection_and_run_finds_it_again(cloud):
     assert cloud("logs", *PLACE, "--lines=5").stdout.startswith("== ")
 
 
+def start(cloud, until: str) -> subprocess.Popen:
+    """`run` in the background, returned when the file `until` is there."""
+    run = cloud.command("run", *PLACE, *GIVEN, "--topology=v5e:2x4", "--poll=0")
+    running = subprocess.Popen(run, env=cloud.environment, stderr=subprocess.DEVNULL)
+    while not (cloud.folder / until).exists():
+        time.sleep(0.05)
+    return running
+
+
 def test_a_stopped_program_is_not_started_again(cloud):
     (cloud.folder / "plan").write_text("sleep90")
     assert cloud("create", *PLACE, "--topology=v5e:2x4", "--poll=0").returncode == 0
     assert cloud("setup", *PLACE).returncode == 0
-    run = ["run", *PLACE, *GIVEN, "--topology=v5e:2x4", "--poll=0"]
-    running = subprocess.Popen(cloud.command(*run), env=cloud.environment, stderr=subprocess.DEVNULL)
-    while not (cloud.folder / "starts-w0").exists():
-        time.sleep(0.05)
+    running = start(cloud, until="starts-w0")
     assert "running" in cloud("status", *PLACE).stdout
     assert cloud("stop", *PLACE).returncode == 0
     assert running.wait(30) == 143
@@ -366,10 +372,7 @@ def test_stop_gives_the_program_its_time_and_then_ends_it(cloud, what, seconds, 
     (cloud.folder / "plan").write_text(what)
     assert cloud("create", *PLACE, "--topology=v5e:2x4", "--poll=0").returncode == 0
     assert cloud("setup", *PLACE).returncode == 0
-    run = ["run", *PLACE, *GIVEN, "--topology=v5e:2x4", "--poll=0"]
-    running = subprocess.Popen(cloud.command(*run), env=cloud.environment, stderr=subprocess.DEVNULL)
-    while not (cloud.folder / "ready").exists():
-        time.sleep(0.05)
+    running = start(cloud, until="ready")
     started = time.monotonic()
     assert cloud("stop", *PLACE, STOP_SECONDS=seconds).returncode == 0
     assert time.monotonic() - started < 15 and (cloud.folder / "saved").exists() == saved

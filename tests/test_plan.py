@@ -14,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base, gpt2_kd, llama2_kd, opt_kd, quickstart
-from kd_jax import families, pairs, score, storage
+from kd_jax import families, pairs, score, sharding, storage
 from kd_jax.data.encode import Encoded
 from kd_jax.errors import ConfigError
 from kd_jax.plan import chips, compiled, count, disk, hours, plan, programs, sketch
@@ -131,7 +131,7 @@ def test_a_plan_on_the_host_prints_every_program(capsys, tmp_path, check):
 
 def test_arguments_per_chip_are_the_compilers(check):
     config = small_config(data=1, fsdp=4, tensor=2)
-    found, mesh = sketch.sketch(config), sketch.make_mesh(config, jax.devices())
+    found, mesh = sketch.sketch(config), sharding.make_mesh(**config.mesh)
     program = programs.all_programs(found, mesh, "cpu")[1][0]
     assert program.runs == ("students/kd",)
     (figures,) = compiled.compile_chain([program], mesh, chips.Topology("host"))

@@ -21,13 +21,13 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax import foreign, storage
+from kd_jax import foreign, sharding, storage
 from kd_jax.errors import ConfigError
 from kd_jax.plan import disk, hlo, hours, remedies
 from kd_jax.plan.chips import Topology
 from kd_jax.plan.compiled import GIB, Figures, compile_chain, versions
 from kd_jax.plan.programs import all_programs
-from kd_jax.plan.sketch import Sketch, check_rows, make_mesh, sketch
+from kd_jax.plan.sketch import Sketch, check_rows, sketch
 from kd_jax.transformer import ModelConfig
 
 
@@ -95,7 +95,7 @@ def make(
     if topology.estimated and (topology.chips > jax.device_count() or jax.default_backend() != "cpu"):
         return _elsewhere(config, topology, fix, kinds)
     found, devices = sketch(config), topology.devices()
-    mesh = make_mesh(config, devices)
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
     check_rows(found, mesh)
     chip = topology.chip
     figures = []

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 import jax
 from ml_collections import ConfigDict
 
+from kd_jax import sharding
 from kd_jax.errors import ConfigError
 from kd_jax.plan.chips import Topology
 from kd_jax.plan.compiled import Figures, compile_chain
 from kd_jax.plan.programs import Program, all_programs, chip_bytes
-from kd_jax.plan.sketch import check_rows, make_mesh, sketch
+from kd_jax.plan.sketch import check_rows, sketch
 
 MOST = 4  # programs compiled in search of a change; those whose arguments alone are too large are not compiled
 
@@ -44,7 +45,7 @@ def _same(
     config: ConfigDict, failed: Figures, devices: list[jax.Device], topology: Topology
 ) -> tuple[list[Program], jax.sharding.Mesh]:
     found = sketch(config)
-    mesh = make_mesh(config, devices)
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
     check_rows(found, mesh)
     for chain in all_programs(found, mesh, topology.platform):
         if any(p.kind == failed.kind and set(p.runs) & set(failed.runs[:1]) for p in chain):

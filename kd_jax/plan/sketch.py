@@ -14,7 +14,7 @@ import huggingface_hub
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax import graph, hf, sharding, variants
+from kd_jax import graph, hf, variants
 from kd_jax.data import records, tokenizer
 from kd_jax.data.roles import PLACEMENTS
 from kd_jax.distill.objective import Objective
@@ -152,14 +152,6 @@ def check_rows(found: Sketch, mesh: jax.sharding.Mesh) -> None:
             f"{rows} do not divide over {shards} devices (mesh.data x mesh.fsdp). The rows of all recipes divide over "
             f"{common}: of {mesh.size} devices set --config.mesh.tensor to {tensor} or more, or change batch_rows"
         )
-
-
-def make_mesh(config: ConfigDict, devices: list[jax.Device]) -> jax.sharding.Mesh:
-    """The config's mesh over these devices. Raises ConfigError where its axes do not fit their wiring."""
-    try:
-        return sharding.make_mesh(**config.mesh, devices=devices)
-    except NotImplementedError as error:  # a torus whose sides the axes cut through
-        raise ConfigError(f"mesh {dict(config.mesh)} does not lie on this topology: {error}") from error
 
 
 def _shape(config: ConfigDict, name: str, vocab: int) -> Shape:

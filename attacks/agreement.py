@@ -24,10 +24,13 @@ from sklearn.metrics import roc_curve
 
 from attacks import membership
 from attacks.rows import compare, estimate, same_examples
-from attacks.statistics import Difference, Groups, Influence, Interval, allowed_false_positives, auc_influence
+from attacks.statistics import Difference, Groups, Influence, Interval, allowed_false_positives, auc_influence, correct
 from attacks.study import Pair, Study, Unresolved
 
-COLUMNS = "teacher student setting attack rule measure class count denominator value se ci_low ci_high p_value seed"
+COLUMNS = (
+    "teacher student setting attack rule measure class count denominator value se ci_low ci_high p_value p_corrected "
+    "seed"
+)
 RULES = ("balanced_accuracy", "fpr_0.05", "reference")
 MODELS = ("teacher", "student")
 CELLS = {"both": (True, True), "teacher": (True, False), "student": (False, True), "none": (False, False)}
@@ -169,11 +172,16 @@ def d_prime(members: np.ndarray, nonmembers: np.ndarray) -> Influence:
 
 
 def rows(study: Study) -> list[dict]:
-    """Rows of agreement.csv; one that could not be computed has a `reason`, and one row says why there is nothing."""
+    """Rows of agreement.csv; one that could not be computed has a `reason`, and one row says why there is nothing.
+
+    `p_corrected`: Holm over all attacks and students of one measure, rule and seed in a setting.
+    """
     pairs = couples(study)
     if not pairs:
         return [{"measure": "agreement", "reason": "no student whose teacher was scored as well"}]
-    return [row for teacher, student in pairs for row in _couple_rows(study, teacher, student)]
+    found = [row for teacher, student in pairs for row in _couple_rows(study, teacher, student)]
+    correct(found, lambda row: tuple(row.get(key) for key in ("setting", "rule", "measure", "class", "seed")))
+    return found
 
 
 def _couple_rows(study: Study, teacher: str, student: str) -> Iterator[dict]:

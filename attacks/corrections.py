@@ -10,7 +10,7 @@ import numpy as np
 from attacks.membership import ATTACKS, parse
 from attacks.resampling import Permuter, permuted_aucs
 from attacks.rows import Sample, against_chance, auc_of, by_seed, same_examples
-from attacks.statistics import holm
+from attacks.statistics import correct
 from attacks.study import Study
 
 PERMUTATIONS = 1000
@@ -69,8 +69,9 @@ def _family(study: Study, at: dict, blocks: dict[str, list[Sample]], shuffled: d
         numbers = {"attack": attack, "auc": value, "p_value": p, "p_corrected": p, "rule": "primary", "family": 1}
         rows.append(at | numbers | dict(zip(("n_members", "n_nonmembers"), _sizes(block), strict=True)))
     others = [row for row in rows if row["attack"] != primary]
-    for row, p in zip(others, holm([row["p_value"] for row in others]), strict=True):
-        row |= {"p_corrected": float(p), "rule": "holm", "family": len(others)}
+    correct(others)
+    for row in others:
+        row |= {"rule": "holm", "family": len(others)}
     best = max(rows, key=lambda row: row["auc"])
     greatest = np.max([shuffled[row["attack"]] for row in rows], axis=0)
     reached = np.sum(greatest >= best["auc"] - 1e-12)

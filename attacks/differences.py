@@ -11,7 +11,7 @@ import numpy as np
 
 from attacks import membership
 from attacks.rows import Sample, auc_of, by_seed, compare, same_examples, sizes
-from attacks.statistics import Influence, Spread, gap_spread, holm
+from attacks.statistics import Influence, Spread, correct, gap_spread
 from attacks.study import Study, Unresolved
 
 
@@ -46,8 +46,7 @@ def difference_rows(study: Study) -> list[dict]:
                     claim = (each.setting, each.role_pair, membership.parse(attack)[0], row["seed"])
                     families.setdefault(claim, []).append(row)
     for family in families.values():
-        for row, p in zip(family, holm([row["p_value"] for row in family]), strict=True):
-            row["p_corrected"] = float(p)
+        correct(family)
     return rows
 
 

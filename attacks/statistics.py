@@ -6,7 +6,7 @@ AUC and balanced accuracy are both handled as an `Influence`: a value with one n
 a paired difference and an average are each one line on the same object.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -220,6 +220,17 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 
 # --- ROC, TPR at a fixed FPR, balanced accuracy ----------------------------------------------------------------------
+
+
+def correct(rows: Sequence[dict], family: Callable[[dict], Hashable] = lambda row: None) -> None:
+    """Give rows with a `p_value` a `p_corrected`: Holm's, over the rows of the same `family`. Rows without are left."""
+    families: dict[Hashable, list[dict]] = {}
+    for row in rows:
+        if row.get("p_value") is not None and np.isfinite(row["p_value"]):
+            families.setdefault(family(row), []).append(row)
+    for own in families.values():
+        for row, p in zip(own, holm([row["p_value"] for row in own]), strict=True):
+            row["p_corrected"] = float(p)
 
 
 def roc(members: np.ndarray, nonmembers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -36,11 +36,14 @@ from attacks.agreement import (
     group_names,
 )
 from attacks.signals import loss, segment_mean
-from attacks.statistics import Difference, Interval, difference, over_seeds
+from attacks.statistics import Difference, Interval, correct, difference, over_seeds
 from attacks.study import Study, Unresolved
 from attacks.tables import SEGMENTS, ScoreTable, Tokens
 
-COLUMNS = "teacher student setting attack measure group n value ci_low ci_high p_value by_construction temperature seed"
+COLUMNS = (
+    "teacher student setting attack measure group n value ci_low ci_high p_value p_corrected by_construction "
+    "temperature seed"
+)
 ROLES = ("private", "heldout")
 ON_TEACHER = ("teacher_agrees", "teacher_p", "teacher_nll")
 MADE_OF_LIKELIHOOD = ("loss", "perplexity", "sum", "zlib", "min_k")
@@ -197,11 +200,15 @@ def _measures(teacher: Tokens, student: Tokens, start: Tokens | None = None, pai
 
 
 def rows(study: Study) -> list[dict]:
-    """Rows of supervision.csv; one that could not be computed has a `reason`, and one row says why there is nothing."""
+    """Rows of supervision.csv; one that could not be computed has a `reason`, and one row says why there is nothing.
+
+    `p_corrected`: Holm over all attacks and students of one measure, group and seed in a setting.
+    """
     pairs = couples(study)
     if not pairs:
         return [{"measure": "supervision", "reason": "no student whose teacher was scored as well"}]
     found = [row for teacher, student in pairs for row in _couple_rows(study, teacher, student)]
+    correct(found, lambda row: tuple(row.get(key) for key in ("setting", "measure", "group", "seed")))
     without = [
         student
         for teacher, student in pairs

@@ -15,7 +15,7 @@ from scipy import stats
 
 from attacks.differences import students_of
 from attacks.rows import Sample, against_chance, auc_of, by_seed, estimate, same_examples, sizes
-from attacks.statistics import Influence, holm
+from attacks.statistics import Influence, correct
 from attacks.study import Study
 
 SMALLEST = 10
@@ -91,7 +91,7 @@ def task_rows(study: Study) -> list[dict]:
     blocks = {run: _block(study, run) for run in study.runs}
     tasks = {run: _large(block) for run, block in blocks.items()}
     models = [_model_rows(study, run, blocks[run], tasks[run]) for run in study.runs if len(tasks[run]) > 1]
-    _correct([row for rows in models for row in rows if row["test"] == "heterogeneity"])
+    correct([row for rows in models for row in rows if row["test"] == "heterogeneity"])
     rows = [row for rows in models for row in rows]
     for setting in dict.fromkeys(study.head(run)["setting"] for run in study.students):
         of_setting = []
@@ -100,7 +100,7 @@ def task_rows(study: Study) -> list[dict]:
             paired = len(blocks[a]) == len(blocks[b]) and all(map(same_examples, blocks[a], blocks[b]))
             if paired and len(common) > 1:
                 of_setting.append(_interaction(study, a, b, blocks, common))
-        _correct(of_setting)
+        correct(of_setting)
         rows += of_setting
     return rows
 
@@ -152,7 +152,7 @@ def _model_rows(study: Study, run: str, block: list[Sample], tasks: list[str]) -
         numbers = {"value": auc.value, "ci_low": auc.low, "ci_high": auc.high}
         numbers["p_value"] = against_chance(influences, part)
         rows.append(_head(study, "slice", run, block) | {"task": task} | numbers | _counts(part))
-    _correct(rows)
+    correct(rows)
     return [*rows, _head(study, "heterogeneity", run, block) | _numbers(same_auc(found)) | _counts(block)]
 
 
@@ -167,11 +167,6 @@ def _interaction(study: Study, a: str, b: str, blocks: dict[str, list[Sample]], 
 
 def _numbers(q: Q) -> dict:
     return {"value": q.spread, "statistic": q.statistic, "df": q.df, "p_value": q.p}
-
-
-def _correct(rows: list[dict]) -> None:
-    for row, p in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
-        row["p_corrected"] = float(p)
 
 
 # --- words -----------------------------------------------------------------------------------------------------------

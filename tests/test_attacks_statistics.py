@@ -195,6 +195,12 @@ def test_balanced_accuracy_and_holm():
     assert len(st.holm([])) == 0
 
 
+def test_correct_is_holm_within_each_family_and_leaves_rows_without_p():
+    rows = [{"f": 1, "p_value": 0.01}, {"f": 2, "p_value": 0.04}, {"f": 1, "p_value": 0.03}, {"f": 1}]
+    st.correct(rows, lambda row: row["f"])
+    assert [row.get("p_corrected") for row in rows] == [0.02, 0.04, 0.03, None]
+
+
 def test_published_scores():
     folder = Path(__file__).parents[2] / "shared" / "data" / "mia_scores"
     if not folder.exists():

@@ -32,6 +32,19 @@ def check():
     return check
 
 
+def pytest_sessionfinish(session):
+    """A process that ran a part of the tests hands its checks to the one that prints the table."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["checks"] = _CHECKS
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for name, (worst, tolerance, count) in getattr(node, "workeroutput", {}).get("checks", {}).items():
+        before = _CHECKS.get(name, (float("-inf"), tolerance, 0))
+        _CHECKS[name] = (max(worst, before[0]), tolerance, count + before[2])
+
+
 def pytest_terminal_summary(terminalreporter):
     if not _CHECKS:
         return

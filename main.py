@@ -18,6 +18,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 import attacks.audit
+import attacks.prediction
 import attacks.report
 from attacks.tables import TableError
 from kd_jax import experiment, processes, runs, sharding, storage, tables
@@ -27,6 +28,10 @@ from kd_jax.hf import CheckpointError
 from kd_jax.manifest import StaleWork
 from kd_jax.plan import plan
 from kd_jax.study import Study, open_study
+
+
+def _filter(study: Study) -> None:
+    experiment.write_lists(study, attacks.prediction.write_filter)
 
 
 def _attack(study: Study) -> None:
@@ -43,10 +48,12 @@ def _report(study: Study) -> None:
 STAGES: dict[str, Callable[[Study], object]] = {
     "train": runs.train_runs,
     "score": tables.score_runs,
+    "filter": _filter,
     "attack": _attack,
     "report": _report,
 }
 ALONE = ("attack", "report")  # need no accelerator: the first process does them when the others are gone
+LOOP = ("train", "score", "filter", "train", "score")  # where runs are trained without what a filter found
 EXPECTED = (ConfigError, DataError, CheckpointError, TableError, StaleWork, FileNotFoundError, FloatingPointError)
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -70,9 +77,10 @@ def main(_: list[str]) -> None:
     logging.getLogger("kd_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.WARNING)  # libraries report every checkpoint they touch
     os.umask(0o077)  # everything that a run writes is its owner's alone
-    chosen = CHOSEN.value or (["train", "score"] if ONLY.value else list(STAGES))
     config = CONFIG.value
-    everything = not ONLY.value and set(chosen) == set(STAGES)
+    default = [name for name in STAGES if name != "filter" or _filtered(config)]
+    chosen = CHOSEN.value or (["train", "score"] if ONLY.value else default)
+    everything = not ONLY.value and set(chosen) >= set(default)
     try:
         _check(config, chosen)
         if chosen == ["plan"]:
@@ -93,9 +101,9 @@ def main(_: list[str]) -> None:
             processes.check_same(study.data.fingerprints())
             if EXPORT.value:
                 return experiment.export(study, ONLY.value, Path(EXPORT.value))
-            for name, stage in STAGES.items():
-                if name in chosen and name not in ALONE:
-                    stage(study)
+            for name in LOOP if "filter" in chosen else ("train", "score"):
+                if name in chosen:
+                    STAGES[name](study)
         if not processes.leave():
             return
         for name in ALONE:
@@ -115,10 +123,17 @@ def main(_: list[str]) -> None:
         raise
 
 
+def _filtered(config: ConfigDict) -> bool:
+    """Does a run leave out what is found when others are scored?"""
+    return any(run.get("exclude") for run in config.runs.values())
+
+
 def _check(config: ConfigDict, chosen: list[str]) -> None:
     """What can be known before any work. Raises ConfigError."""
     if unknown := set(chosen) - {*STAGES, "plan"}:
         raise ConfigError(f"unknown stages {sorted(unknown)}; known: {['plan', *STAGES]}")
+    if "filter" in chosen and not _filtered(config):
+        raise ConfigError("--stages=filter: no run of the config has `exclude`, so that there is nothing to filter for")
     if "plan" in chosen and len(chosen) > 1:
         raise ConfigError("--stages=plan stands alone: it neither reads data nor trains")
     if TOPOLOGY.value and chosen != ["plan"]:

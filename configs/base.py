@@ -2,10 +2,10 @@
 
 A run (`config.runs`) is: model, technique (none | sft | kd | seqkd | imitkd | gkd | minillm | distillm), init (a run;
 "" for a base), train_roles, teacher (a run), recipe (how it is optimised), objective (with which loss on what; "" = the
-technique's own), setting (- | disjoint | shared), swap_of (a run), seeds. A recipe's keys and units are the fields of
-`kd_jax.train.Recipe`, an objective's those of `kd_jax.distill.objective.Objective`, a plan's those of
-`kd_jax.plan.stated.Stated`. Strings are empty where nothing is
-chosen, numbers 0.
+technique's own), setting (- | disjoint | shared), swap_of (a run), exclude (what a filter found of a run's records:
+predicted:RUN, transferred:RUN, random:RUN), seeds. A recipe's keys and units are the fields of `kd_jax.train.Recipe`,
+an objective's those of `kd_jax.distill.objective.Objective`, a plan's those of `kd_jax.plan.stated.Stated`. Strings are
+empty where nothing is chosen, numbers 0.
 """
 
 import dataclasses
@@ -29,7 +29,9 @@ def objective(preset: str, **changes) -> ConfigDict:
 
 def run(model: str, technique: str = "none", **keys) -> ConfigDict:
     """An entry of `config.runs` with every key present, so that each can be overridden on the command line."""
-    entry = dict(init="", train_roles=(), teacher="", recipe="", objective="", setting="-", swap_of="", seeds=(0,))
+    entry = dict(
+        init="", train_roles=(), teacher="", recipe="", objective="", setting="-", swap_of="", exclude="", seeds=(0,)
+    )
     return ConfigDict({"model": model, "technique": technique, **entry, **keys})
 
 
@@ -57,6 +59,8 @@ def get_config() -> ConfigDict:
             limit=0,  # records kept, chosen by seeded hash; 0 = all
             max_chars=0,  # longer records are left out before the split; 0 = none
             exclude_tasks=(),
+            exclude="",  # ids.parquet[:column]: records that no run is trained on; they are still scored
+            repeated=dict(share=0.0, times=(4, 16, 64)),  # of all roles alike; times an epoch
             synthetic=dict(records=0, overlap=0.5),  # invented corpus instead of a file; overlap in [0, 1]
             roles=dict(private=0.25, public=0.25, heldout=0.25, dev=0.1, calib=0.1, population=0.05),  # shares
             minimum=50,  # records that private and heldout need at least
@@ -119,6 +123,16 @@ def get_config() -> ConfigDict:
         )
     )
 
+    config.memorization = ConfigDict(
+        dict(
+            cuts=(),  # (prefix, suffix) in tokens; () = suffixes of 10, 20, 32, 50, after 50 tokens of a plain text
+            continue_examples=0,  # records a role whose prefix is continued by generation, and all near ties; 0 = none
+            continue_suffix=50,  # tokens generated, or as many as the longest cut
+            decodings=("greedy",),  # and zhang2025: no repeated 6-gram, no EOS before the end
+            coverage_texts=0,  # plain texts of private and of heldout that are scored in overlapping windows
+            stride=10,  # tokens between these windows
+        )
+    )
     config.attack = ConfigDict(
         dict(
             primary="loss",  # named beforehand; all others are secondary

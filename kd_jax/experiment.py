@@ -1,17 +1,19 @@
-"""An experiment as a whole: what the audit is told of it, its closing lines, and the export of a run."""
+"""An experiment as a whole: what audit and filter are told of it, its closing lines, and the export of a run."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax import foreign, hf, manifest, storage
+from kd_jax import excluded, foreign, hf, manifest, processes, storage
 from kd_jax.distill.objective import Objective
 from kd_jax.errors import ConfigError
+from kd_jax.graph import Run
 from kd_jax.study import (
     Study,
     code_version,
@@ -36,6 +38,47 @@ def export(study: Study, name: str, folder: Path) -> None:
     log.info("%s written to %s", name, folder)
 
 
+def write_lists(study: Study, write: Callable[[Path, Path, dict], dict]) -> None:
+    """Make the list for every run whose memorized records others leave out, unless it is there.
+
+    write: makes the list for `settings["student"]` from a folder of scores in another folder, and returns its counts;
+    none where there is too little to learn from, and then no list either.
+    Raises StaleWork where a list was made from other models, FileNotFoundError where one of them is not trained yet.
+    """
+    for name in excluded.sources(study.runs):
+        target, inputs = excluded.list_of(study.workdir, name), _list_inputs(study, study.runs[name])
+        folder = target.with_suffix("")
+        if processes.agree(manifest.finished(folder, inputs, f"the list for {name}")):
+            log.info("filter for %s: written before", name)
+            continue
+        seed, cuts = study.runs[name].seeds[0], [tuple(cut) for cut in study.config.memorization.cuts]
+        settings = dict(student=name, student_seed=seed, cuts=cuts, seed=study.config.seed)
+        counts: dict = {}
+
+        def make() -> None:
+            scores = storage.local_copy(study.workdir / "scores")
+            with scores as source, storage.local_copy(target.parent, write=True) as place:  # noqa: B023
+                counts.update(write(source, place, settings))  # noqa: B023
+
+        processes.once(make, f"list for {name}")
+        if processes.agree(bool(counts)):
+            manifest.write(folder, inputs, counts)
+            log.info("filter for %s: %s", name, ", ".join(f"{number} {what}" for what, number in counts.items()))
+
+
+def _list_inputs(study: Study, run: Run) -> dict:
+    """What decides a list: the models whose scores it is made from, the records, and the cut."""
+    seed, models = run.seeds[0], {}
+    for name in (run.name, run.teacher, excluded.BASELINE):
+        other = study.runs[name]
+        found = manifest.read(study.folder(other, other.seed_for(seed)))
+        if found is None:
+            raise FileNotFoundError(f"the filter for {run.name} needs {name}, which is not trained yet")
+        models[name] = found["facts"]["params_fingerprint"]
+    cuts = study.config.memorization.cuts
+    return dict(models=models, cuts=cuts, seed=study.config.seed, **study.data.fingerprints())
+
+
 def audit_settings(study: Study) -> dict:
     """What the audit needs to know besides the score tables."""
     config = study.config
@@ -49,6 +92,7 @@ def audit_settings(study: Study) -> dict:
         blind=True,
         bootstrap=config.attack.bootstrap,
         tasks=True,
+        cuts=[list(cut) for cut in config.memorization.cuts],
         unit="record",
         data=study.data.counts,
         versions=versions(),

@@ -1,10 +1,13 @@
-"""Checkpoints trained elsewhere (`configs/audit.py`): the rest of their config, and tokenizers of their own."""
+"""Checkpoints trained elsewhere (`configs/audit.py`, `configs/extraction.py`): the rest of their config, and tokenizers
+of their own.
+"""
 
 from __future__ import annotations
 
 import logging
 import pathlib
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from kd_jax import hf, prepare, processes, storage
@@ -19,17 +22,29 @@ BEGIN_WITH_BOS = ("llama", "opt")  # families that are pre-trained so
 OWN_FILES = ("tokenizer.json", "vocab.json")
 
 
+def elsewhere(config: ConfigDict) -> bool:
+    """Were the config's checkpoints trained elsewhere?"""
+    return "student" in config
+
+
+def by_ids(config: ConfigDict) -> bool:
+    """Are its texts given as token ids?"""
+    return "prefix" in config
+
+
 def complete(config: ConfigDict) -> ConfigDict:
     """An audit's config with all that follows from its checkpoints filled in; any other config as it is.
 
     Runs without a checkpoint leave; the tokenizer, its BOS policy and `data.max_length` are those of the models unless
     they are set. Raises ConfigError on keys that are not set, CheckpointError on folders that cannot be read.
     """
-    if "members" not in config:
+    if not elsewhere(config):
         return config
     config = config.copy_and_resolve_references()
-    if absent := [f"--config.{key}=..." for key in ("student", "members", "nonmembers") if not config[key]]:
-        raise ConfigError(f"an audit of checkpoints needs {', '.join(absent)}; see configs/audit.py")
+    files = ("prefix", "suffix") if by_ids(config) else ("members", "nonmembers")
+    if absent := [f"--config.{key}=..." for key in ("student", *files) if not config[key]]:
+        where = "configs/extraction.py" if by_ids(config) else "configs/audit.py"
+        raise ConfigError(f"an audit of checkpoints needs {', '.join(absent)}; see {where}")
     with config.unlocked():
         for name in ("student", "teacher", "reference"):
             if config[name]:
@@ -74,12 +89,16 @@ def own_data(config: ConfigDict, data: prepare.Data) -> dict[str, prepare.Data]:
     """Of every model whose tokenizer cuts the records otherwise than the student's, the records as it reads them.
 
     Such a model begins a text as its family does, whatever `data.bos` says of the student.
-    Raises DataError where the student's own tokenizer is another one than the config names.
+    Raises ConfigError where the student's own tokenizer is another one than the config names, or where texts are given
+    as ids that a model reads as other text.
     """
     found = {}
     for name, model in config.models.items():
         own = _tokenizer(model)
         if own is None or own.fingerprint == data.tokenizer.fingerprint:
+            continue
+        if by_ids(config):
+            _insist_on_same_text(name, own, data)
             continue
         if name == "student":
             _insist_on_same(data.tokenizer, own)
@@ -105,6 +124,12 @@ def _insist_on_same(named: tokenizer.Tokenizer, own: tokenizer.Tokenizer) -> Non
         tokenizer.same(named, own)
     except DataError as error:
         raise ConfigError(f"config.tokenizer names another tokenizer than the student's folder has: {error}") from error
+
+
+def _insist_on_same_text(name: str, own: tokenizer.Tokenizer, data: prepare.Data) -> None:
+    texts = np.split(data.encoded.tokens, data.encoded.offsets[1:-1])
+    if own.decode_batch(texts) != data.tokenizer.decode_batch(texts):
+        raise ConfigError(f"{name} has a tokenizer of its own, to which the ids of config.prefix are another text")
 
 
 def _tokenizer(model: ConfigDict) -> tokenizer.Tokenizer | None:

@@ -349,9 +349,12 @@ def _result(state: State | BeamState, eos_id: Array, *, mesh: Mesh) -> tuple[Arr
     return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, P()))
 
 
-def _banned(z: Array, batch: Batch, out: Array, step: Array, n: int) -> Array:
-    """Logits without the tokens that would repeat an n-gram of prompt and output `out [B, M]`."""
-    if n == 0:
+def _banned(z: Array, batch: Batch, out: Array, step: Array, spec: Sampling) -> Array:
+    """Logits without EOS where it is too early, and without tokens that repeat an n-gram of prompt and `out [B, M]`."""
+    if spec.min_new_tokens:
+        early = (jnp.arange(z.shape[1]) == batch.eos_id) & (step < spec.min_new_tokens)
+        z = jnp.where(early[None], -jnp.inf, z)
+    if spec.no_repeat_ngram == 0:
         return z
     prompts, lengths = (jnp.repeat(x, len(z) // len(x), axis=0) for x in (batch.tokens, batch.lengths))
     slot = jnp.arange(prompts.shape[1] + out.shape[1])[None] - lengths[:, None]  # of `out`, where not negative
@@ -360,13 +363,13 @@ def _banned(z: Array, batch: Batch, out: Array, step: Array, n: int) -> Array:
         jnp.pad(prompts, ((0, 0), (0, out.shape[1]))),
         jnp.take_along_axis(out, jnp.clip(slot, 0, out.shape[1] - 1), axis=1),
     )
-    return jnp.where(repeats(history, lengths + step, n, z.shape[1]), -jnp.inf, z)
+    return jnp.where(repeats(history, lengths + step, spec.no_repeat_ngram, z.shape[1]), -jnp.inf, z)
 
 
 def _sample(state: State, z: list[Array], batch: Batch, spec: Sampling) -> State:
     """One more token of every row that is not done, from the logits `[R, V]` of each model."""
     alive = _going(state, batch)
-    z = [_banned(x, batch, state.out, state.step, spec.no_repeat_ngram) for x in z]
+    z = [_banned(x, batch, state.out, state.step, spec) for x in z]
     uniform = None if batch.uniform is None else batch.uniform.at[:, state.step].get(mode="clip")
     token, near = choose(z, uniform, spec)
     token = jnp.where(alive, token, 0)
@@ -389,9 +392,7 @@ def _beam(state: BeamState, z: Array, batch: Batch, spec: Sampling) -> tuple[Bea
     rows, width, _ = state.out.shape
     vocab = z.shape[1]
     alive = _going(state, batch)
-    logp = _banned(
-        jax.nn.log_softmax(z, axis=-1), batch, state.out.reshape(rows * width, -1), state.step, spec.no_repeat_ngram
-    )
+    logp = _banned(jax.nn.log_softmax(z, axis=-1), batch, state.out.reshape(rows * width, -1), state.step, spec)
     ranked = (logp.reshape(rows, width, vocab) + state.score[:, :, None]).reshape(rows, -1)
     score, index = jax.lax.top_k(ranked, 2 * width)
     parent, token = index // vocab, (index % vocab).astype(jnp.int32)

@@ -8,6 +8,7 @@ from kd_jax.errors import ConfigError
 
 BASES = ("none", "sft")  # without a teacher; none: a base, as loaded, drawn or pre-trained
 SETTINGS = ("-", "disjoint", "shared")
+FILTERS = ("predicted", "transferred", "random")  # forms of the list that a filter writes for a run
 
 
 # The order among runs that do not need each other: the first verdict (teacher, null) comes first.
@@ -38,11 +39,22 @@ class Run:
     objective: str = ""  # a key of config.objectives; "" = the one of the technique's name
     setting: str = "-"  # students: disjoint | shared
     swap_of: str = ""  # the run of which this is the counterfactual, taught by or trained on `heldout`
+    exclude: str = ""  # predicted:RUN | transferred:RUN | random:RUN: without the records that a filter found for RUN
     seeds: tuple[int, ...] = (0,)
 
     @property
     def objective_name(self) -> str:
         return self.objective or ("sft" if self.technique == "none" else self.technique)
+
+    @property
+    def needs(self) -> list[str]:
+        """The runs that come before this one."""
+        return [name for name in (self.init, self.teacher, self.swap_of, self.excluded_of) if name]
+
+    @property
+    def excluded_of(self) -> str:
+        """The run whose filter says which records this one leaves out; "" for none."""
+        return self.exclude.partition(":")[2]
 
     def seed_for(self, seed: int) -> int:
         """The seed of this run that a dependent run with `seed` uses: the same one where there is one."""
@@ -60,6 +72,7 @@ def parse(runs: dict[str, dict], models: set[str], recipes: set[str], objectives
             other = getattr(run, key)
             if other and other not in parsed:
                 raise ConfigError(f"runs.{run.name}.{key} names {other!r}, which is not a run; runs: {sorted(parsed)}")
+        _check_exclude(run, parsed)
     return _ordered(parsed)
 
 
@@ -103,11 +116,27 @@ def _run(name: str, entry: dict, models: set[str], recipes: set[str], objectives
     return run
 
 
+def _check_exclude(run: Run, runs: dict[str, Run]) -> None:
+    if not run.exclude:
+        return
+    form, _, other = run.exclude.partition(":")
+    first = runs.get(other)
+    checks = [
+        (form in FILTERS and first is not None, f"is none of {', '.join(FILTERS)}, a colon, and a run"),
+        (first is not None and bool(first.teacher), f"names {other}, which no teacher teaches"),
+        (first is not None and not first.exclude, f"names {other}, which excludes records itself"),
+        ("private" in run.train_roles, "filters records of the role private, which the run is not trained on"),
+    ]
+    for good, message in checks:
+        if not good:
+            raise ConfigError(f"runs.{run.name}.exclude {run.exclude!r} {message}; runs: {sorted(runs)}")
+
+
 def _ordered(runs: dict[str, Run]) -> list[Run]:
     done: dict[str, Run] = {}
     waiting = {name: runs[name] for name in sorted(runs, key=_priority)}
     while waiting:
-        ready = [r for r in waiting.values() if all(d in done for d in (r.init, r.teacher, r.swap_of) if d)]
+        ready = [r for r in waiting.values() if all(d in done for d in r.needs)]
         if not ready:
             raise ConfigError(f"runs depend on one another in a circle: {sorted(waiting)}")
         done[ready[0].name] = waiting.pop(ready[0].name)

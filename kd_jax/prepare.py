@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -11,21 +12,30 @@ import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
-from kd_jax import manifest, processes, storage
-from kd_jax.data import encode, records, roles, synthetic, tokenizer
+from kd_jax import excluded, manifest, processes, storage
+from kd_jax.data import encode, records, roles, synthetic, token_ids, tokenizer
 from kd_jax.errors import ConfigError
 from kd_jax.storage import Path
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Records of one study. `encoded` holds every record and canary, `splits` says which role each has."""
+    """Records of one study. `encoded` holds every record and canary, `splits` says which role each has.
+
+    excluded: ids that no run is trained on (`data.exclude`).
+    """
 
     frame: pd.DataFrame
     splits: pd.DataFrame
     tokenizer: tokenizer.Tokenizer
     encoded: encode.Encoded
     counts: dict[str, int]
+    excluded: frozenset[str] = frozenset()
+
+    @functools.cached_property
+    def ids(self) -> set[str]:
+        """Of all records, and of the windows that plain texts are cut into."""
+        return {*self.splits.example_id, *self.encoded.example_id}
 
     def of_role(self, role: str) -> encode.Encoded:
         return self.encoded.select(self.splits.example_id[self.splits.role == role])
@@ -53,15 +63,19 @@ def prepare(config: ConfigDict, workdir: Path) -> Data:
 
     Writes `splits.parquet` and `tokenizer/` under `workdir`, and refuses a workdir whose splits are other ones.
     """
+    if "prefix" in config:  # token ids: configs/extraction.py
+        return _given_ids(config, workdir)
     foreign = "members" in config  # checkpoints trained elsewhere: configs/audit.py
     frame, drawn, counts = _two_files(config, workdir) if foreign else _load(config)
-    canaries, rows = _canaries(config)
+    canaries, rows = _canaries(config, frame)
     splits = pd.concat([drawn, rows], ignore_index=True)
     _keep(splits, workdir / "splits.parquet")
     everything = pd.concat([frame, canaries], ignore_index=True)
     public = everything[everything.example_id.isin(splits.example_id[splits.role == "public"])]
     tok = _tokenizer(config, public, workdir)
     encoded = encode.encode(everything, tok, **_encoding(config))
+    if rows is not None and np.isin(encoded.record_id, rows.example_id.to_numpy(object)).sum() > len(rows):
+        raise ConfigError(f"data.max_length {config.data.max_length} cuts canaries in two: they need about 60 tokens")
     counts |= {k: v for k, v in encoded.counts.items() if v}
     left = splits[splits.example_id.isin(encoded.record_id)]
     least = {"private": config.data.minimum, "heldout": config.data.minimum}
@@ -77,7 +91,10 @@ def prepare(config: ConfigDict, workdir: Path) -> Data:
         source = everything.set_index("example_id").source
         private, public = (set(source[left.example_id[left.role == role]]) for role in ("private", "public"))
         counts["private records whose entity a public prompt touches"] = len(private & public)
-    return Data(everything, splits, tok, encoded, counts)
+    data = Data(everything, splits, tok, encoded, counts)
+    if left_out := excluded.of_config(config.data.exclude, data.ids):
+        counts["never trained on (data.exclude)"] = len(left_out)
+    return dataclasses.replace(data, excluded=left_out)
 
 
 def plain_text(config: ConfigDict, tok: tokenizer.Tokenizer, name: str) -> encode.Encoded:
@@ -106,7 +123,10 @@ def _load(config: ConfigDict) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int
         frame, counts = _used(config, frame)
     else:
         frame, counts = _read(config, data.path, data.dataset)
-    return frame, roles.assign(frame, dict(data.roles), config.seed), counts
+    drawn = roles.assign(frame, dict(data.roles), config.seed, data.repeated.share, tuple(data.repeated.times))
+    if data.repeated.share:
+        counts["trained on repeatedly (data.repeated)"] = int((drawn.repeats > 1).sum())
+    return frame, drawn, counts
 
 
 def _two_files(config: ConfigDict, workdir: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict[str, int]]:
@@ -125,6 +145,27 @@ def _two_files(config: ConfigDict, workdir: Path) -> tuple[pd.DataFrame, pd.Data
     if not manifest.finished(folder, inputs | {"calib_share": config.calib_share, "seed": config.seed}, "the split"):
         manifest.write(folder, inputs | {"calib_share": config.calib_share, "seed": config.seed}, counts)
     return pd.concat(frames.values(), ignore_index=True), splits, counts
+
+
+def _given_ids(config: ConfigDict, workdir: Path) -> Data:
+    """Texts that are given as token ids, all of them members."""
+    if config.tokenizer.train_size:
+        raise ConfigError("tokenizer.train_size: the ids of config.prefix are those of a tokenizer that is there")
+    prefixes, suffixes = token_ids.pair(config.prefix, config.suffix)
+    tok = _tokenizer(config, pd.DataFrame(), workdir)
+    encoded = token_ids.encode(prefixes, suffixes, tok, config.data.bos)
+    if (longest := int(encoded.lengths.max())) > config.data.max_length:
+        raise ConfigError(
+            f"data.max_length is {config.data.max_length}, but a prefix and a suffix have {longest} tokens"
+        )
+    groups = token_ids.content(encoded.example_id)
+    frame = pd.DataFrame({"example_id": encoded.example_id, "group": groups, "task": encoded.task})
+    frame["response"] = tok.decode_batch(np.split(encoded.tokens, encoded.offsets[1:-1]))
+    frame = frame.reindex(columns=list(records.COLUMNS))
+    splits = roles.by_file(frame, frame.iloc[:0], 0, config.seed)
+    _keep(splits, workdir / "splits.parquet")
+    counts = {"texts": len(frame), "distinct texts": len(set(groups)), "role private": len(frame)}
+    return Data(frame, splits, tok, encoded, counts)
 
 
 def _check_files(config: ConfigDict, left: pd.DataFrame, least: dict[str, int]) -> None:
@@ -169,11 +210,20 @@ def _used(config: ConfigDict, frame: pd.DataFrame) -> tuple[pd.DataFrame, dict[s
     return frame.reset_index(drop=True), counts
 
 
-def _canaries(config: ConfigDict) -> tuple[pd.DataFrame | None, pd.DataFrame | None]:
+def _canaries(config: ConfigDict, frame: pd.DataFrame) -> tuple[pd.DataFrame | None, pd.DataFrame | None]:
+    """Canaries that are read as the records are: plain texts among plain texts."""
     settings = config.data.canaries
     if not settings.per_cell:
         return None, None
-    return roles.make_canaries(settings.per_cell, repeats=tuple(settings.repeats), seed=config.seed)
+    text = _plain(frame, config.data.template)
+    return roles.make_canaries(settings.per_cell, repeats=tuple(settings.repeats), seed=config.seed, text=text)
+
+
+def _plain(frame: pd.DataFrame, template: str) -> bool:
+    """Is every record read as one plain text?"""
+    if template not in encode.TEMPLATES:
+        raise ConfigError(f"data.template is {template!r}; known are {', '.join(encode.TEMPLATES)}")
+    return encode.TEMPLATES[template] is None or bool(frame.instruction.isna().all())
 
 
 def _tokenizer(config: ConfigDict, public: pd.DataFrame, workdir: Path) -> tokenizer.Tokenizer:
@@ -199,11 +249,9 @@ def _tokenizer(config: ConfigDict, public: pd.DataFrame, workdir: Path) -> token
 
 def _texts(frame: pd.DataFrame, template: str) -> list[str]:
     """Records as a model reads them, for training a tokenizer."""
-    if template not in encode.TEMPLATES:
-        raise ConfigError(f"data.template is {template!r}; known are {', '.join(encode.TEMPLATES)}")
-    forms = encode.TEMPLATES[template]
-    if forms is None or frame.instruction.isna().all():  # plain text
+    if _plain(frame, template):
         return frame.response.tolist()
+    forms = encode.TEMPLATES[template]
     return [
         forms[bool(row.input)].format(instruction=row.instruction, input=row.input) + row.response
         for row in frame.itertuples()

@@ -15,7 +15,19 @@ from collections.abc import Callable
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from kd_jax import checkpoint, loop, manifest, prepare, processes, sharding, storage, teacher_cache, train, utility
+from kd_jax import (
+    checkpoint,
+    excluded,
+    loop,
+    manifest,
+    prepare,
+    processes,
+    sharding,
+    storage,
+    teacher_cache,
+    train,
+    utility,
+)
 from kd_jax import score as scoring
 from kd_jax.data import batches
 from kd_jax.data.encode import Encoded
@@ -47,11 +59,15 @@ log = logging.getLogger(__name__)
 
 
 def train_runs(study: Study) -> None:
-    """Train every run that is not finished, in the order of the graph. Settings are checked before the first."""
-    for run, seed in study.nodes:
+    """Train every run that is not finished, in the order of the graph. Settings are checked before the first.
+
+    Runs that leave out what a filter found wait for its list.
+    """
+    ready = study.ready()
+    for run, seed in ready:
         if run.train_roles:
             _check(study, run, seed)
-    for run, seed in study.nodes:
+    for run, seed in ready:
         if run.train_roles:
             _train(study, run, seed)
 
@@ -78,7 +94,7 @@ def _check(study: Study, run: Run, seed: int) -> None:
         if not good:
             raise ConfigError(f"runs.{run.name}: {message}")
     if objective.on_policy or objective.policy == "teacher":
-        encoded = study.data.of_run(run.train_roles)
+        encoded = _without(study, run, study.data.of_run(run.train_roles))
         feeds.check_prompts(encoded, objective.prefix)
         rows, _ = _training_rows(study, run, seed, recipe, encoded)
         feeds.check_capacity(objective, rows.largest_batch(recipe.batch_rows))
@@ -203,6 +219,7 @@ def _fit(study: Study, run: Run, seed: int, recipe: train.Recipe, objective: Obj
         step=done.step,
         dev=done.dev,
         examples=len(encoded),
+        excluded=_number_excluded(study, run),
         response_tokens=int(from_data.tokens.sum()),
         sources={str(k): int(v) for k, v in from_data.groupby(_source_label(from_data)).tokens.sum().items()},
         fidelity=objective.fidelity,
@@ -279,7 +296,7 @@ def _training_data(study: Study, run: Run, seed: int, objective: Objective, load
         return prepare.plain_text(study.config, study.data.tokenizer, "pretrain")
     encoded = study.data.of_run(run.train_roles)
     if objective.policy != "teacher":
-        return encoded
+        return _without(study, run, encoded)
     teacher_seed = _teacher_seed(study, run, seed)
     sampling = objective.sampling(study.config.data.max_length)
     recipe = recipe_of(study.config, run)
@@ -291,7 +308,7 @@ def _training_data(study: Study, run: Run, seed: int, objective: Objective, load
         "roles": list(run.train_roles),
     }
     digest = manifest.digest([inputs, objective.prefix])
-    return teacher_text.generate_text(
+    text = teacher_text.generate_text(  # of all records: runs that leave some out share it with those that do not
         study.workdir / "generated" / run.teacher / f"seed{teacher_seed}" / digest,
         encoded,
         _sampler(study, recipe, sampling),
@@ -302,6 +319,34 @@ def _training_data(study: Study, run: Run, seed: int, objective: Objective, load
         inputs=inputs,
         label=f"text of {run.teacher} seed{teacher_seed}",
     )
+    return _without(study, run, text)
+
+
+def _left_out(study: Study, run: Run) -> frozenset[str]:
+    """The ids that a run is not trained on, whatever its roles; a base's plain text has none."""
+    if run.technique == "none":
+        return frozenset()
+    return study.data.excluded | excluded.of_run(study.workdir, run, study.data.ids)
+
+
+def _without(study: Study, run: Run, encoded: Encoded) -> Encoded:
+    """The examples that a run is trained on. Raises ConfigError where none is left."""
+    ids = _left_out(study, run)
+    if not ids:
+        return encoded
+    keep = ~excluded.inside(encoded.example_id, encoded.record_id, ids)
+    if not keep.any():
+        raise ConfigError(f"runs.{run.name}: data.exclude and exclude leave nothing of {len(encoded)} examples")
+    return encoded.take(np.flatnonzero(keep))
+
+
+def _number_excluded(study: Study, run: Run) -> int:
+    """Different examples of a run's roles that it is not trained on."""
+    ids = _left_out(study, run)
+    if not ids:
+        return 0
+    encoded = study.data.of_run(run.train_roles)
+    return len(np.unique(encoded.example_id[excluded.inside(encoded.example_id, encoded.record_id, ids)]))
 
 
 def _training_rows(
@@ -378,8 +423,12 @@ def _inputs(study: Study, run: Run, seed: int) -> dict:
     named = {kind: name for kind in ("init", "teacher") if (name := getattr(run, kind))}
     earlier = {kind: _identity(study, name, study.runs[name].seed_for(seed)) for kind, name in named.items()}
     recipe, objective = recipe_of(study.config, run), objective_of(study.config, run)
+    own, ids = dataclasses.asdict(run) | {"seeds": [seed]}, sorted(_left_out(study, run))
+    if not run.exclude:
+        del own["exclude"]  # so that runs which were trained before there was this key stay finished
     return dict(
-        run=dataclasses.asdict(run) | {"seeds": [seed]},
+        run=own,
+        **({"excluded": manifest.digest(ids)} if ids else {}),
         seed=study.config.seed,
         model=study.config.models[run.model].to_dict(),
         recipe=dataclasses.asdict(recipe),

@@ -28,6 +28,7 @@ class Sampling:
     max_new_tokens: int = 256
     mix_alpha: float = 0.0  # share of the teacher: (1-a) student + a teacher, each after its own filters
     no_repeat_ngram: int = 0  # no n-gram of prompt and output together comes twice; 0: no ban
+    min_new_tokens: int = 0  # EOS is not chosen before there are as many
     beams: int = 1  # beam search of this width; a text's score is its log-probability over its new tokens
 
     def __post_init__(self) -> None:
@@ -39,6 +40,10 @@ class Sampling:
             (self.max_new_tokens < 1, f"max_new_tokens must be positive, got {self.max_new_tokens}"),
             (not 0 <= self.mix_alpha <= 1, f"mix_alpha must lie in [0, 1], got {self.mix_alpha}"),
             (self.no_repeat_ngram < 0, f"no_repeat_ngram must not be negative, got {self.no_repeat_ngram}"),
+            (
+                not 0 <= self.min_new_tokens <= self.max_new_tokens,
+                f"min_new_tokens must lie in [0, max_new_tokens {self.max_new_tokens}], got {self.min_new_tokens}",
+            ),
             (self.beams < 1, f"beams must be positive, got {self.beams}"),
             (self.beams > 1 and self.temperature > 0, f"beams {self.beams} needs temperature 0: beams do not draw"),
             (self.beams > 1 and mixed, f"beams {self.beams} needs mix_alpha 0, got {self.mix_alpha}"),

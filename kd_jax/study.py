@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,7 +14,24 @@ import pandas as pd
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from kd_jax import checkpoint, foreign, graph, hf, manifest, prepare, sharding, storage, train, utility
+from kd_jax import (
+    checkpoint,
+    continued,
+    excluded,
+    foreign,
+    graph,
+    hf,
+    manifest,
+    pairs,
+    prepare,
+    processes,
+    sharding,
+    storage,
+    train,
+    utility,
+    variants,
+    windows,
+)
 from kd_jax import score as scoring
 from kd_jax.data import tokenizer
 from kd_jax.distill.objective import Objective
@@ -21,6 +39,8 @@ from kd_jax.errors import ConfigError
 from kd_jax.generate import Sampling
 from kd_jax.graph import Run
 from kd_jax.transformer import ModelConfig, Transformer
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +64,17 @@ class Study:
     def nodes(self) -> list[tuple[Run, int]]:
         return [(r, s) for r in self.runs.values() if self.only in ("", r.name) for s in r.seeds]
 
+    def ready(self) -> list[tuple[Run, int]]:
+        """The nodes that need not wait for a list of records to leave out, neither themselves nor what they need."""
+        waiting: set[str] = set()
+        for run in self.runs.values():  # every run comes after those it needs
+            if excluded.waits(self.workdir, run) or waiting & set(run.needs):
+                waiting.add(run.name)
+        waiting = set(processes.agree(sorted(waiting)))
+        for name in sorted(waiting & {run.name for run, _ in self.nodes}):
+            log.info("%s: waits for the filter stage, which says what it leaves out", name)
+        return [(run, seed) for run, seed in self.nodes if run.name not in waiting]
+
     def of(self, run: Run) -> Study:
         """This study as a run reads it: in the tokens of its own tokenizer, where that is another one."""
         return dataclasses.replace(self, data=self.own_data.get(run.model, self.data))
@@ -58,6 +89,7 @@ def open_study(config: ConfigDict, workdir: storage.Path, mesh: Mesh, only: str 
     techniques = {name: objective.technique for name, objective in config.objectives.items()}
     parsed = graph.parse(config.runs.to_dict(), set(config.models), set(config.recipes), techniques)
     runs = {r.name: r for r in parsed}
+    excluded.check(config, runs)
     if only and only not in runs:
         raise ConfigError(f"--only={only}: no such run; runs: {sorted(runs)}")
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -70,16 +102,20 @@ def open_study(config: ConfigDict, workdir: storage.Path, mesh: Mesh, only: str 
         objective_of(config, run)
     if config.attack.headline not in runs:
         raise ConfigError(f"attack.headline is {config.attack.headline!r}, which is not a run; runs: {sorted(runs)}")
-    if "members" in config:
+    pairs.chosen(tuple(config.score.pairs), runs)
+    variants.check(config.score.variants)
+    if foreign.elsewhere(config):
         foreign.check(config, workdir)
     data = prepare.prepare(config, workdir)
     own_data = {}
-    if "members" in config:
+    if foreign.elsewhere(config):
         foreign.note_cuts(data, config)
         own_data = foreign.own_data(config, data)
     study = Study(config, workdir, mesh, data, runs, only, own_data)
     scoring_spec(study)
     sampling_spec(study)
+    continuing_spec(study)
+    windows_spec(study)
     _check_utility(study)
     for name in config.models:
         _check_model(study, name)
@@ -157,6 +193,17 @@ def scoring_spec(study: Study) -> scoring.Scoring:
     )
 
 
+def continuing_spec(study: Study) -> continued.Continuing:
+    """Which prefixes are continued by generation, and how."""
+    return continued.continuing(study.config.memorization, study.data.of_role("private"), study.config.seed)
+
+
+def windows_spec(study: Study) -> windows.Windows | None:
+    """The overlapping windows in which long texts are scored, or None."""
+    config = study.config
+    return windows.windows(config.memorization, study.data, config.data.max_length, config.seed)
+
+
 # ---------------------------------------------------------------------------------------------------------- models
 
 
@@ -175,14 +222,14 @@ def model_config(study: Study, name: str) -> ModelConfig:
 
 def _check_model(study: Study, name: str) -> None:
     cfg, data, vocab = model_config(study, name), study.config.data, study.vocab
-    if "members" in study.config:
+    if foreign.elsewhere(study.config):
         vocab = study.own_data.get(name, study.data).tokenizer.vocab_size
     if cfg.vocab_size < vocab:
         raise ConfigError(f"models.{name} has {cfg.vocab_size} vocabulary rows, the tokenizer {vocab} tokens")
     if cfg.max_positions < data.max_length:
         raise ConfigError(f"models.{name} has {cfg.max_positions} positions, data.max_length is {data.max_length}")
     path = study.config.models[name].path
-    if path and study.config.tokenizer.path != path and "members" not in study.config:
+    if path and study.config.tokenizer.path != path and not foreign.elsewhere(study.config):
         revision = study.config.models[name].revision
         tokenizer.same(study.data.tokenizer, tokenizer.load({"path": path, "revision": revision}))
 
@@ -230,8 +277,8 @@ def load_run(study: Study, name: str, seed: int, params: storage.Path | None = N
 def named_files(config: ConfigDict) -> dict[str, str]:
     """Files and folders that the config names, by key."""
     named = {"data.path": config.data.path, "data.pretrain.path": config.data.pretrain.path}
-    named |= {key: config[key] for key in ("members", "nonmembers") if key in config}
-    named |= {"data.lm.path": config.data.lm.path}
+    named |= {key: config[key] for key in ("members", "nonmembers", "prefix", "suffix") if key in config}
+    named |= {"data.lm.path": config.data.lm.path, "data.exclude": excluded.path_of(config.data.exclude)}
     named |= {f"utility.files.{name}": path for name, path in config.utility.files.items()}
     named |= {f"models.{name}.path": model.path for name, model in config.models.items()}
     named |= {f"tokenizer.{key}": config.tokenizer[key] for key in ("path", "vocab", "merges", "json")}

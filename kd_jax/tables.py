@@ -2,6 +2,7 @@
 
 scores/<run>/seed<k>/plain/          score tables of a run, and manifest.json; ledger.parquet beside them
 scores/<run>/seed<k>/<variant>/      the same of other texts (`kd_jax/variants.py`), or of a checkpoint (step-<n>)
+scores/<run>/seed<k>/continued/      what it generates after prompts and first tokens (`kd_jax/continued.py`)
 scores/<run>/seed<k>/generated/      ROUGE of the run's answers, per example
 scores/pairs/<a>__<b>/seed<k>/       a teacher and its student, token by token
 scores/text/                         what text-only classifiers need
@@ -16,7 +17,19 @@ import logging
 import jax
 import numpy as np
 
-from kd_jax import checkpoint, manifest, pairs, prepare, processes, storage, utility, variants
+from kd_jax import (
+    checkpoint,
+    continued,
+    foreign,
+    manifest,
+    pairs,
+    prepare,
+    processes,
+    storage,
+    utility,
+    variants,
+    windows,
+)
 from kd_jax import score as scoring
 from kd_jax.data import encode
 from kd_jax.data.encode import Encoded
@@ -27,12 +40,14 @@ from kd_jax.study import (
     Study,
     answer_set,
     code_version,
+    continuing_spec,
     load_run,
     model_config,
     objective_of,
     recipe_of,
     sampling_spec,
     scoring_spec,
+    windows_spec,
 )
 from kd_jax.transformer import Transformer
 
@@ -44,6 +59,7 @@ TRAINING = (
     *("branches", "phi", "warnings", "fidelity"),
 )
 TRAINED_ELSEWHERE = "trained elsewhere, and nothing here can check on what: the two files say who is a member."
+GIVEN_IDS = "trained elsewhere, and nothing here can check on what: it is taken to have seen the texts."
 
 
 def score_runs(study: Study) -> None:
@@ -54,20 +70,26 @@ def score_runs(study: Study) -> None:
     couples = pairs.chosen(tuple(s.pairs), study.runs)
     if crossed := [f"{a}:{b}" for a, b in couples if {study.runs[a].model, study.runs[b].model} & set(study.own_data)]:
         raise ConfigError(f"score.pairs: the models of {', '.join(crossed)} have different tokenizers")
-    for run, seed in study.nodes:
+    ready = study.ready()
+    for run, seed in ready:
         own = study.of(run)
         roles = _roles(own)
         for variant in ("plain", *_fitting(own, run)):
             _score(own, run, seed, roles, variant)
         for step in _kept(study, run, seed):
             _score(own, run, seed, roles, f"step-{step}")
+        if windows_spec(own):
+            _score(own, run, seed, {r: e for r, e in roles.items() if r in windows.ROLES}, "windows")
+        if continuing_spec(own).examples:
+            _continue(own, run, seed, {r: e for r, e in roles.items() if r in continued.ROLES})
         if study.config.utility.seeds:
             _answer(study, run, seed)
+    names = {run.name for run, _ in ready}
     for a, b in couples:
-        for seed in study.runs[b].seeds if study.only in ("", b) else ():
+        for seed in study.runs[b].seeds if b in names and (a in names or study.only) else ():
             _score_pair(study, study.runs[a], study.runs[b], seed, _roles(study))
     if study.config.report.show_canaries and not study.only:
-        _show_canaries(study)
+        _show_canaries(study, names)
 
 
 def _roles(study: Study) -> dict[str, Encoded]:
@@ -79,7 +101,7 @@ def _roles(study: Study) -> dict[str, Encoded]:
 def _fitting(study: Study, run: Run) -> list[str]:
     """The variants of the texts; of a checkpoint trained elsewhere, those that its context has room for."""
     wanted = list(study.config.score.variants)
-    if "members" not in study.config:
+    if not foreign.elsewhere(study.config):
         return wanted
     positions = model_config(study, run.model).max_positions
     settings = dict(seed=study.config.seed, max_positions=positions)
@@ -114,7 +136,9 @@ def _score(study: Study, run: Run, seed: int, roles: dict[str, Encoded], variant
     trained, source = _trained(study, run, seed)
     what = f"{run.name} seed {seed}" + ("" if variant == "plain" else f", {variant}")
     other_half = variant.startswith("recall") and _trained_on_heldout(study, run)
-    inputs = _inputs(study, roles, model=source, **({"other_half": True} if other_half else {}))
+    cut = windows_spec(study) if variant == "windows" else None
+    own = ({"other_half": True} if other_half else {}) | ({"windows": dataclasses.asdict(cut)} if cut else {})
+    inputs = _inputs(study, roles, model=source, **own)
     if manifest.begin(folder, inputs, f"scores of {what}"):
         log.info("%s: scored before", what)
         return
@@ -126,15 +150,36 @@ def _score(study: Study, run: Run, seed: int, roles: dict[str, Encoded], variant
         metadata["step"] = variant.removeprefix("step-")
     with progress(sum(map(len, roles.values())), f"score {what}", unit="example") as bar:
         for role, encoded in roles.items():
-            if variant in variants.NAMES:
-                settings = dict(seed=study.config.seed, max_positions=model.cfg.max_positions, swapped=other_half)
+            if variant != "plain" and not kept:
                 plain = len(encoded)
-                encoded, facts[role] = variants.build(variant, study.data, encoded, **settings)
+                if cut:
+                    encoded, facts[role] = windows.build(study.data, encoded, cut)
+                else:
+                    settings = dict(seed=study.config.seed, max_positions=model.cfg.max_positions, swapped=other_half)
+                    encoded, facts[role] = variants.build(variant, study.data, encoded, **settings)
                 bar.total += len(encoded) - plain
                 spec = dataclasses.replace(spec, row_length=max(spec.row_length, int(encoded.lengths.max())))
             scoring.score_role(model, encoded, role, folder, spec, study.mesh, metadata, bar)
     if trained and variant == "plain" and processes.first():
         storage.copy(study.folder(run, seed) / "ledger.parquet", folder.parent / "ledger.parquet")
+    manifest.end(folder, inputs, facts)
+
+
+def _continue(study: Study, run: Run, seed: int, roles: dict[str, Encoded]) -> None:
+    """What a run generates after the prefixes of some examples, beside what its plain score tables say."""
+    folder, spec = study.folder(run, seed, "scores") / "continued", continuing_spec(study)
+    trained, source = _trained(study, run, seed)
+    inputs = _inputs(study, roles, model=source, continuing=dataclasses.asdict(spec))
+    if manifest.begin(folder, inputs, f"continuations of {run.name} seed {seed}"):
+        return
+    model = load_run(study, run.name, seed)
+    facts = dict(params_fingerprint=checkpoint.fingerprint(model), code_version=code_version())
+    metadata = _metadata(study, run, seed, model, facts, trained, scoring_spec(study)) | {"variant": "continued"}
+    generator = dict(vocab=study.vocab, eos_id=study.data.tokenizer.eos_id, mesh=study.mesh)
+    with progress(0, f"continue {run.name} seed {seed}", unit="example") as bar:
+        for role, encoded in roles.items():
+            place = (folder.parent / "plain", folder, spec)
+            facts[role] = continued.continue_role(model, encoded, role, *place, **generator, metadata=metadata, bar=bar)
     manifest.end(folder, inputs, facts)
 
 
@@ -195,6 +240,7 @@ def _metadata(study: Study, run: Run, seed: int, model: Transformer, facts: dict
         init=run.init or None,
         recipe=recipe_of(study.config, run).name if run.recipe else None,
         swap_of=run.swap_of or None,
+        exclude=run.exclude or None,
         n_params=sum(int(x.size) for x in jax.tree.leaves(model)),
         tokenizer_fingerprint=study.data.tokenizer.fingerprint,
         splits_fingerprint=prepare.splits_fingerprint(study.data.splits),
@@ -205,15 +251,16 @@ def _metadata(study: Study, run: Run, seed: int, model: Transformer, facts: dict
     )
     if trained:
         provenance["objective"] = objective_of(study.config, run).distinctive()
+        provenance["excluded"] = trained["facts"].get("excluded", 0)
         provenance["training"] = {k: trained["facts"][k] for k in TRAINING if k in trained["facts"]}
-    elif run.name == study.config.attack.headline and "members" in study.config:
-        provenance["training"] = {"warnings": [TRAINED_ELSEWHERE]}
+    elif run.name == study.config.attack.headline and foreign.elsewhere(study.config):
+        provenance["training"] = {"warnings": [GIVEN_IDS if foreign.by_ids(study.config) else TRAINED_ELSEWHERE]}
     step = trained["facts"]["step"] if trained else 0
     known = dict(run=run.name, seed=seed, split_seed=study.config.seed, step=step, variant="plain")
     return {k: str(v) for k, v in known.items()} | {"provenance": json.dumps(provenance)}
 
 
-def _show_canaries(study: Study) -> None:
+def _show_canaries(study: Study, ready: set[str]) -> None:
     """What models make of the invented canaries that went to the teacher alone; the report chooses which it prints.
 
     The guess is each model's most probable token at every position of the true response (teacher-forced).
@@ -227,7 +274,7 @@ def _show_canaries(study: Study) -> None:
     rows = [
         dict(
             example_id=r.example_id,
-            prompt=frame.instruction[r.example_id],
+            prompt=frame.instruction[r.example_id] or "",  # a plain text has none
             response=frame.response[r.example_id],
             repeats=int(r.repeats),
             placement=r.placement,
@@ -237,7 +284,7 @@ def _show_canaries(study: Study) -> None:
         for r in inserted.itertuples()
     ]
     for name in ("teacher", study.config.attack.headline, "null"):
-        if name not in study.runs:
+        if name not in ready:
             continue
         model = load_run(study, name, study.runs[name].seeds[0])
         counts, fields = scoring.score(model, encoded, np.arange(len(rows)), scoring_spec(study), study.mesh)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -38,14 +39,19 @@ def build(
     swapped: the run (or its teacher) was trained on `heldout`, so that the halves of `calib` change sides.
     Raises ConfigError on an unknown name, and where not one shot fits before the longest example.
     """
+    check([name])
     if name in ("recall", "recall_members"):
         coin = int(name == "recall_members") ^ int(swapped)
         return _prefixed(data, role_encoded, coin, seed, max_positions)
     if name == "lowercase":
         return _lowercase(data, role_encoded, max_positions)
-    if name == "neighbours":
-        return _neighbours(data, role_encoded, seed)
-    raise ConfigError(f"score.variants names '{name}'; known are {', '.join(NAMES)}")
+    return _neighbours(data, role_encoded, seed)
+
+
+def check(names: Iterable[str]) -> None:
+    """Raises ConfigError on an unknown name."""
+    if unknown := sorted(set(names) - set(NAMES)):
+        raise ConfigError(f"score.variants names '{unknown[0]}'; known are {', '.join(NAMES)}")
 
 
 def fits(name: str, data: prepare.Data, *, seed: int, max_positions: int) -> bool:

@@ -161,6 +161,7 @@ def test_no_text_of_a_record_stands_in_report_or_logs(study):
         (["--config.recipes.matched.lr=fast"], "fast"),
         (["--config.attack.primary=los"], "error: config.attack: unknown attack 'los'"),
         (["--stages=trian"], "error: unknown stages ['trian']"),
+        (["--stages=filter"], "no run of the config has `exclude`"),
         (["--config.data.synthetic.records=0", "--config.data.path=nowhere.jsonl"], "error: nowhere.jsonl"),
     ],
 )

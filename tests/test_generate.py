@@ -83,6 +83,7 @@ def transformers_text(model, prompt: np.ndarray, spec: Sampling, eos_id: int | N
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         **dict(max_new_tokens=spec.max_new_tokens, do_sample=False, eos_token_id=eos_id, pad_token_id=0),
         **dict(num_beams=spec.beams, no_repeat_ngram_size=spec.no_repeat_ngram),
+        **({"min_new_tokens": spec.min_new_tokens} if spec.min_new_tokens else {}),
     )
     return out[0, len(prompt) :].numpy()
 
@@ -104,7 +105,16 @@ def test_greedy_equals_full_recomputation_and_transformers(case):
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama_grouped"])
-@pytest.mark.parametrize("change", [dict(no_repeat_ngram=2), dict(beams=3), dict(beams=4, no_repeat_ngram=2)], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(no_repeat_ngram=2),
+        dict(beams=3),
+        dict(beams=4, no_repeat_ngram=2, min_new_tokens=3),
+        dict(min_new_tokens=4, no_repeat_ngram=2),
+    ],
+    ids=str,
+)
 def test_bans_and_beams_as_in_transformers(case, change):
     pytest.importorskip("torch", reason="PyTorch is not here; loops and enumeration are tested instead")
     spec, asked = dataclasses.replace(GREEDY, **change), request(6, VOCAB, 8)
@@ -313,6 +323,7 @@ def test_near_ties_are_counted():
         (dict(top_p=0.0), "top_p must lie in"),
         (dict(mix_alpha=1.5), "mix_alpha must lie in"),
         (dict(max_new_tokens=0), "max_new_tokens must be positive"),
+        (dict(max_new_tokens=8, min_new_tokens=9), r"min_new_tokens must lie in \[0, max_new_tokens 8\], got 9"),
         (dict(beams=2), "beams 2 needs temperature 0"),
         (dict(temperature=0, mix_alpha=0.5), "mix_alpha 0.5 needs a temperature"),
     ],

@@ -239,6 +239,8 @@ def test_scores_carry_training_objective_ledger_and_answers(study):
         (lambda c: c.objectives.seqkd.update(prefix=500), "prefix must be below data.max_length"),
         (lambda c: c.utility.update(roles=("devel",)), "utility.roles: no record has the role devel"),
         (lambda c: c.utility.update(files={"q": "nowhere.jsonl"}), "utility.files: nowhere.jsonl is not a file"),
+        (lambda c: c.score.update(variants=("lowercased",)), "score.variants names 'lowercased'; known are"),
+        (lambda c: c.score.update(pairs=("teacher:student",)), "score.pairs: 'teacher:student' is neither"),
         (lambda c: c.objectives.gkd.update(kd_ratio=0.0), "kd_ratio 0 leaves nothing to train on"),
         (lambda c: c.objectives.minillm.update(temperature=0.7), "hold for samples at temperature 1"),
         (lambda c: c.runs["students/kd"].update(technique="imitkd", objective="imitkd"), "capacity 5 of the replay"),

@@ -14,7 +14,7 @@ import huggingface_hub
 import jax
 from ml_collections import ConfigDict
 
-from kd_jax import graph, hf, variants
+from kd_jax import excluded, graph, hf, variants
 from kd_jax.data import records, tokenizer
 from kd_jax.data.roles import PLACEMENTS
 from kd_jax.distill.objective import Objective
@@ -65,11 +65,12 @@ class Sketch:
         return run.technique not in BASES and (o.kd_ratio > 0 or o.lm_coef * o.lm_kd_ratio > 0)
 
     def examples(self, roles: tuple[str, ...]) -> int:
-        """Records of roles; half of `calib` goes with `private`, the other half with `heldout`."""
-        shares = self.config.data.roles
+        """Records of roles, repeated ones as often; half of `calib` goes with `private`, the other with `heldout`."""
+        shares, repeated = self.config.data.roles, self.config.data.repeated
         share = sum(shares.get(role, 0.0) for role in roles)
         share += shares.get("calib", 0.0) / 2 * len({"private", "heldout"} & set(roles))
-        return math.ceil(share * self.records)
+        times = 1 + repeated.share * (sum(repeated.times) / len(repeated.times) - 1)
+        return math.ceil(share * self.records * times)
 
     def scored_examples(self) -> int:
         """Examples of the roles that are scored."""
@@ -126,6 +127,7 @@ def sketch(config: ConfigDict) -> Sketch:
     """Raises ConfigError for what a start would refuse, and for a model whose shape nothing here knows."""
     techniques = {name: objective.technique for name, objective in config.objectives.items()}
     parsed = graph.parse(config.runs.to_dict(), set(config.models), set(config.recipes), techniques)
+    excluded.check(config, {run.name: run for run in parsed})
     vocab = _vocab(config)
     shapes = {name: _shape(config, name, vocab) for name in config.models}
     vocab = vocab or min(shape.cfg.vocab_size for shape in shapes.values())

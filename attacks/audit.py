@@ -2,17 +2,32 @@
 
 membership.csv  differences.csv  gates.csv  utility.csv  roc.parquet  summary.json, and where there is something to say
 attacks.csv  tasks.csv  decisions.csv  agreement.csv  supervision.csv  alpha.csv  exposure.csv  dataset.csv
-vulnerable.parquet  ledger.parquet
+memorization.csv  inheritance.csv  mechanism.csv  prediction.csv  disagreement.csv  claims.csv
+vulnerable.parquet  ledger.parquet  extraction.parquet  mechanism_points.parquet  disagreement_examples.parquet
 """
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from attacks import agreement, alpha, dataset_inference, exposure, supervision
+from attacks import (
+    agreement,
+    alpha,
+    dataset_inference,
+    disagreement,
+    exposure,
+    inheritance,
+    mechanism,
+    memorization,
+    prediction,
+    supervision,
+    trends,
+)
 from attacks.corrections import attack_rows, corrected_facts
+from attacks.cuts import Memorized
 from attacks.decisions import decision_facts, decision_rows
 from attacks.differences import difference_rows
 from attacks.duplicates import duplicate_facts, duplicate_rows
@@ -38,6 +53,7 @@ DEFAULTS = {
     "bootstrap": 1000,  # resamples
     "blind": True,  # False: no blind gate, and so no headline
     "tasks": True,  # AUC per task as well
+    "cuts": [],  # (prefix, suffix) in tokens, of what is called memorized; []: attacks/cuts.py
     "unit": "record",  # what privacy is promised to
     "data": {},
     "run_settings": {},
@@ -65,7 +81,14 @@ OPTIONAL = {
     "exposure": exposure.COLUMNS,
     "dataset": dataset_inference.COLUMNS,
     "alpha": alpha.COLUMNS,
+    "memorization": memorization.COLUMNS,
+    "inheritance": inheritance.COLUMNS,
+    "mechanism": mechanism.COLUMNS,
+    "prediction": prediction.COLUMNS,
+    "disagreement": disagreement.COLUMNS,
+    "claims": trends.COLUMNS,
 }
+PER_EXAMPLE = ("vulnerable", "extraction", "mechanism_points", "disagreement_examples")  # frames that may be empty
 
 
 def audit(scores_dir: str | Path, out_dir: str | Path, settings: dict) -> dict:
@@ -92,6 +115,7 @@ def audit(scores_dir: str | Path, out_dir: str | Path, settings: dict) -> dict:
     tables["agreement"], tables["supervision"] = agreement.rows(study), supervision.rows(study)
     tables["alpha"] = alpha.curve(study, membership, tables["agreement"], tables["supervision"])
     tables["exposure"], tables["dataset"] = exposure.exposure_rows(study), dataset_inference.dataset_rows(study)
+    memory, examples = _memorization(study)
     ledger = read_ledgers(study)
     summary = summarize(study, scores_dir, membership, differences, gates, blind) | {
         "ledger": ledger_facts(ledger),
@@ -101,16 +125,36 @@ def audit(scores_dir: str | Path, out_dir: str | Path, settings: dict) -> dict:
         "groups": group_facts(study),
         "near_duplicates": duplicate_facts(gates),
         "exposure": exposure.exposure_facts(tables["exposure"]),
+        "claims": trends.claim_words(memory["claims"]),
     }
-    summary["unresolved"] += _reasons([*tables["agreement"], *tables["supervision"]])
+    summary["unresolved"] += _reasons([*tables["agreement"], *tables["supervision"], *chain(*memory.values())])
     summary["verdicts"] += [*summary["corrected"]["words"], summary["tasks"]["words"]]
     summary["verdicts"] += summary["near_duplicates"]["words"]
     summary["warnings"] += summary["groups"]["words"]
     frames = {"roc": roc_points(study), "ledger": ledger, "vulnerable": agreement.vulnerable(study)}
-    _write(Path(out_dir), tables, frames)
+    _write(Path(out_dir), tables | memory, frames | examples)
     summary = _plain(summary)
     (Path(out_dir) / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False), encoding="utf-8")
     return summary
+
+
+def _memorization(study: Study) -> tuple[dict[str, list[dict]], dict[str, pd.DataFrame]]:
+    """The tables of what is memorized, and its rows per example. Raises ValueError for a cut that no text has."""
+    memorized = Memorized(study, [tuple(cut) for cut in study.settings["cuts"]])
+    makers = dict(
+        memorization=memorization.memorization_rows,
+        inheritance=inheritance.rows,
+        mechanism=mechanism.rows,
+        prediction=prediction.rows,
+        disagreement=disagreement.rows,
+        claims=trends.rows,
+    )
+    frames = {
+        "extraction": memorization.extraction_table(study, memorized),
+        "mechanism_points": mechanism.points(study, memorized),
+        "disagreement_examples": disagreement.examples(study, memorized),
+    }
+    return {name: make(study, memorized) for name, make in makers.items()}, frames
 
 
 def _write(out: Path, tables: dict[str, list[dict]], frames: dict[str, pd.DataFrame | None]) -> None:
@@ -125,7 +169,7 @@ def _write(out: Path, tables: dict[str, list[dict]], frames: dict[str, pd.DataFr
         pd.DataFrame(rows, columns=columns, dtype=object).to_csv(path, index=False)
     for name, frame in frames.items():
         path = out / f"{name}.parquet"
-        if frame is None or (name == "vulnerable" and frame.empty):
+        if frame is None or (name in PER_EXAMPLE and frame.empty):
             path.unlink(missing_ok=True)
         else:
             frame.to_parquet(path, compression="zstd", index=False)
@@ -145,7 +189,9 @@ def _reasons(rows: list[dict]) -> list[dict]:
 
 def check(primary: str, role_pair: str, bootstrap: int) -> None:
     """What of the settings can be wrong before there is a table. Raises ValueError."""
-    parse(primary)
+    name, reference, _ = parse(primary)
+    if ATTACKS[name].reference and not reference:
+        raise ValueError(f"attack.primary {primary} needs a reference: {name}:base_student")
     if role_pair not in (*PAIRS, "averaged"):
         raise ValueError(f"role_pair '{role_pair}' is not one of {', '.join(PAIRS)}, averaged")
     if bootstrap < 1:

@@ -229,6 +229,11 @@ class Study:
         at = self.splits.index.get_indexer(records)
         return np.where(at < 0, records, self.splits["group"].to_numpy(object)[at]).astype(str)
 
+    def clusters(self, ids: np.ndarray) -> np.ndarray | None:
+        """Codes [n] of records that belong together; None where every record is its own."""
+        found = self._groups(ids, ids[:0])
+        return None if found is None else found.members
+
     def _groups(self, member_ids: np.ndarray, nonmember_ids: np.ndarray) -> Groups | None:
         key = (member_ids.tobytes(), nonmember_ids.tobytes())
         if key not in self.grouped:
@@ -252,10 +257,10 @@ class Study:
         if role_pair == CANARIES:
             placement = drawn["placement"].to_numpy(str)
             whole = whole._replace(task=np.char.add("placement=", placement))
-            coins = np.where(np.isin(placement, self._carried(run)), coins, -1)
+            coins = np.where(np.isin(placement, self.carried(run)), coins, -1)
         return _make_pair(key, *(Scores(*(part[coins == coin] for part in whole)) for coin in (1, 0)))
 
-    def _carried(self, run: str) -> list[str]:
+    def carried(self, run: str) -> list[str]:
         """Placements whose canaries with coin 1 are in the training data of the run or of its teacher.
 
         A run whose chain carries none (a base, the swap) is a null: all placements but `none` are compared.

@@ -14,14 +14,13 @@ and differences: `vulnerable-non_vulnerable`, and `vulnerable-matched_non_member
 the teacher has the same log-likelihood.  What is measured on the teacher differs by construction where the attack is
 made of the same log-probabilities (column by_construction): there the matched difference and other attacks count.
 Attack `-` stands for all members against all non-members, whatever an attack says.
-p-values are not corrected.
+`p_corrected`: Holm over all attacks and students of one measure, group and seed in a setting.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from attacks import membership
 from attacks.agreement import (
@@ -35,8 +34,9 @@ from attacks.agreement import (
     decide,
     group_names,
 )
+from attacks.effects import Effect, combine, mean_of
 from attacks.signals import loss, segment_mean
-from attacks.statistics import Difference, Interval, correct, difference, over_seeds
+from attacks.statistics import Difference, Interval, correct
 from attacks.study import Study, Unresolved
 from attacks.tables import SEGMENTS, ScoreTable, Tokens
 
@@ -51,38 +51,6 @@ MEMBER = "member"
 CONTRAST, MATCHED = f"{VULNERABLE}-{NON_VULNERABLE}", f"{VULNERABLE}-matched_{NON_MEMBER}"
 GROUPS = (VULNERABLE, NON_VULNERABLE, NON_MEMBER, CONTRAST, MATCHED)
 BINS_PER_SPREAD = 5  # of the teacher's log-likelihood of non-members, where records are matched on it
-
-
-@dataclass(frozen=True)
-class Effect:
-    """An estimate, and to first order what every record moves it by.
-
-    influence: [N] over members, then non-members; 0 for records that play no part.  used: bool [N], those that do.
-    """
-
-    value: float
-    influence: np.ndarray
-    used: np.ndarray
-    df: float
-
-    def minus(self, other: "Effect") -> "Effect":
-        gap, used = self.influence - other.influence, self.used | other.used
-        return Effect(self.value - other.value, gap, used, min(self.df, other.df))
-
-    def variance(self, clusters: np.ndarray) -> float:
-        """Over clusters [N]: influences are summed within each; for the mean of independent records, `s^2 / n`."""
-        codes = np.unique(clusters[self.used], return_inverse=True)[1]
-        sums = np.bincount(codes, self.influence[self.used])
-        return float(np.sum(sums**2) * len(sums) / (len(sums) - 1)) if len(sums) > 1 else np.inf
-
-
-def mean_of(values: np.ndarray, group: np.ndarray) -> Effect:
-    """Mean of the values [N] of a group (bool [N]). Raises Unresolved where it has fewer than two records."""
-    n = int(group.sum())
-    if n < 2:
-        raise Unresolved(f"{n} records in a group: at least two are needed")
-    mean = values[group].mean()
-    return Effect(float(mean), np.where(group, values - mean, 0.0) / n, group, n - 1)
 
 
 def matched_difference(values: np.ndarray, group: np.ndarray, other: np.ndarray, likelihood: np.ndarray) -> Effect:
@@ -200,10 +168,7 @@ def _measures(teacher: Tokens, student: Tokens, start: Tokens | None = None, pai
 
 
 def rows(study: Study) -> list[dict]:
-    """Rows of supervision.csv; one that could not be computed has a `reason`, and one row says why there is nothing.
-
-    `p_corrected`: Holm over all attacks and students of one measure, group and seed in a setting.
-    """
+    """Rows of supervision.csv; one that could not be computed has a `reason`, and one row says why there is nothing."""
     pairs = couples(study)
     if not pairs:
         return [{"measure": "supervision", "reason": "no student whose teacher was scored as well"}]
@@ -293,22 +258,11 @@ def _effect(found: Measured, name: str, groups: np.ndarray, group: str) -> Effec
 
 def _numbers(effects: list[tuple[Effect, Measured]], group: str) -> dict:
     """Value, interval and p-value (of differences) of one seed, or over seeds and examples."""
-    each, found = [effect for effect, _ in effects], effects[0][1]
-    mean = Effect(
-        float(np.mean([e.value for e in each])),
-        np.mean([e.influence for e in each], axis=0),
-        np.any([e.used for e in each], axis=0),
-        min(e.df for e in each),
-    )
-    variance, df = mean.variance(found.clusters), mean.df
-    if len(each) > 1:
-        seeds = over_seeds([e.value for e in each], variance, within_df=df if variance > 0 else np.inf)
-        variance, df = seeds.se**2, seeds.df
-    row = {"n": int(mean.used.sum()), "temperature": found.temperature}
-    if "-" in group:
-        return row | _told(difference(mean.value, float(np.sqrt(variance)), df=df))
-    half = stats.t.isf(0.025, df) * np.sqrt(variance)
-    return row | _told(Interval(mean.value, mean.value - half, mean.value + half))
+    found = effects[0][1]
+    each = [effect for effect, _ in effects]
+    gap = combine(each, found.clusters)
+    row = {"n": int(Effect.mean(each).used.sum()), "temperature": found.temperature}
+    return row | _told(gap if "-" in group else Interval(gap.value, gap.low, gap.high))
 
 
 def _told(found: Interval | Difference) -> dict:

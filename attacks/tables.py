@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 
 IDENTITY = ("example_id", "role", "task")
 SEGMENTS = {"response": 1, "eos": 2}
-OTHER_FOLDERS = ("plain", "generated", "pair")  # beside the variants: the plain tables, and what is no score table
+OTHER_FOLDERS = ("plain", "generated", "continued", "pair")  # beside the variants: plain tables, and no score tables
+CONTINUED = ("example_id", "decoding", "prefix", "suffix", "target_ids", "generated_ids")
 T = TypeVar("T")
 
 
@@ -195,6 +196,32 @@ def read_splits(scores_dir: str | Path) -> pd.DataFrame | None:
         return None
     frame = _by_id(path, ("role", "coin"))
     return frame if "placement" in frame else frame.assign(placement="both")
+
+
+def read_continued(table: ScoreTable, role: str) -> pd.DataFrame | None:
+    """What a run generated after prefixes of one role's records, one row per example, decoding and cut; None without.
+
+    Columns example_id, decoding, prefix, suffix, target_ids, generated_ids (lists of token ids).
+    Raises TableError on missing columns, doubled rows, another run's table, and one that is not finished.
+    """
+    folder = table.folder / "continued"
+    paths = sorted(folder.glob(f"{role}-*.parquet"))
+    if not paths:
+        return None
+    if (folder / "begun").exists():
+        raise TableError(f"{folder}: generation is not finished; run the score stage again")
+    for path in paths:
+        schema = _schema(path)
+        if absent := [name for name in CONTINUED if name not in schema.names]:
+            raise TableError(f"{path}: no column {', '.join(absent)}; a table of continuations has them")
+        told = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+        owner = told.get("run", table.run), told.get("seed", str(table.seed))
+        if owner != (table.run, str(table.seed)):
+            raise TableError(f"{path}: it says that it belongs to {owner[0]}/seed{owner[1]}, not to {table.name}")
+    frame = pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
+    if doubled := int(frame.duplicated(["example_id", "decoding", "prefix", "suffix"]).sum()):
+        raise TableError(f"{folder}: {doubled} rows of role '{role}' stand there twice; generate again")
+    return frame
 
 
 def read_counts(scores_dir: str | Path) -> np.ndarray | None:

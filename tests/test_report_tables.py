@@ -1,5 +1,6 @@
 """The sections of the report that stand on tables of their own: from planted score tables to HTML and pictures."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -18,6 +19,8 @@ from attacks.report.drawing import readable
 from attacks.report.every_attack import MOST, _pieces
 from attacks.report.figures import draw_all
 from attacks.report.html import page
+from attacks.report.inheritance import agreement_section
+from attacks.report.markup import p_value
 from attacks.report.results import COLUMNS, load
 
 ATTACKS = ["loss", "zlib", "perplexity", "reference"]
@@ -30,7 +33,8 @@ def add_alpha(out):
     """alpha.csv of two students, as alpha.curve writes it."""
     rows = []
     for alpha, run, auc in ((0.2, "students/gkd", 0.62), (1.0, "students/kd", 0.71)):
-        at = {"teacher": "teacher", "setting": "disjoint", "technique": "kd", "alpha": alpha, "student": run}
+        at = {"teacher": "teacher", "setting": "disjoint", "technique": "kd", "series": 1}
+        at |= {"alpha": alpha, "student": run}
         for measure, group, value in (("auc", "members", auc), ("gradient_cosine", "vulnerable", 0.3 + alpha / 10)):
             numbers = {"value": value, "ci_low": value - 0.02, "ci_high": value + 0.02, "seed": 0}
             rows.append(at | {"attack": "loss", "measure": measure, "group": group} | numbers)
@@ -132,6 +136,23 @@ def test_agreement_shows_success_of_teacher_and_student_and_the_vulnerable(plant
     assert "fitted on the records it judges" in text and "Attack: zlib;" in text
 
 
+def test_the_paired_test_is_named_and_corrected(planted):
+    """Of groups of records a t test over groups; McNemar's counts records."""
+    _, results, _, _ = planted
+    told = lambda **changes: agreement_section(dataclasses.replace(results, **changes), {})
+    grouped = {"summary": results.summary | {"groups": {"applicable": True}}}
+    one = {"agreement": results.agreement[results.agreement["seed"] == "0"]}
+    assert "p: t over seeds and records, after Holm over the attacks and students" in told()
+    assert "p: McNemar, exact, after Holm" in told(**one)
+    assert "p: t over seeds and groups of records, after Holm" in told(**grouped)
+    assert "p: t over groups of records, after Holm" in told(**grouped, **one)
+    gaps = results.agreement.query("measure == 'tpr_difference' and attack == 'loss' and seed == 'all'")
+    gap = gaps.query("student == 'students/kd' and rule == 'balanced_accuracy'").iloc[0]
+    assert Tables(told()).find("Attack: loss; threshold of best")["students/kd"]["p (Holm)"] == p_value(
+        gap["p_corrected"]
+    )
+
+
 def test_supervision_leads_with_the_matched_difference(planted):
     out, _, _, html = planted
     tables = section(html, "supervision")
@@ -142,6 +163,7 @@ def test_supervision_leads_with_the_matched_difference(planted):
     one = table.query("student == 'students/kd' and group == 'vulnerable-matched_non_member'").iloc[0]
     (row,) = [r for r in rows if r[1] == "students/kd" and r[0] == "Student's greatest probability"]
     assert row[2] == shown(one)
+    assert rows[0][3] == "p (Holm)" and row[3] == p_value(one["p_corrected"]) and "not corrected" not in tables.text
     assert "†" in tables.text and "No pair tables" in tables.text
 
 

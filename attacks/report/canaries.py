@@ -31,7 +31,7 @@ def exposure_section(results: Results, pictures: dict[str, Picture]) -> Html:
     rows: dict[str, list[dict]] = {}
     for key, own in cells(results.exposure, results):
         rows.setdefault(key[0], []).append(_exposure_row(results, key, own))
-    whole = model_tables(results, rows, "Mean over canaries and seeds ± its standard error.")
+    whole = model_tables(results, rows, "Mean over canaries, of each over its seeds, ± its standard error.")
     return join(
         tag("p", EXPOSURE), figure(pictures.get("exposure")),
         folded("Table of exposure", whole),
@@ -48,13 +48,13 @@ def cells(frame: pd.DataFrame, results: Results) -> list[tuple[tuple[str, str, i
 
 def _exposure_row(results: Results, key: tuple[str, str, int], own: pd.DataFrame) -> dict:
     model, placement, repeats = key
-    fits = own["fit_p"].dropna()
+    fits, each = own["fit_p"].dropna(), own.groupby("example_id")[["exposure", "extrapolated"]].mean()
     return {
         "Model": model, "Setting": results.settings.get(model, "-"),
         "Placement": PLACES.get(placement, placement), "Repeats": f"{repeats:g}",
-        "Exposure (bits)": _mean(own["exposure"]), "Extrapolated (bits)": _mean(own["extrapolated"].dropna()),
+        "Exposure (bits)": _mean(each["exposure"]), "Extrapolated (bits)": _mean(each["extrapolated"].dropna()),
         "p of the fit": p_value(fits.min()) if len(fits) else "–",
-        "Canaries": f"{own['example_id'].nunique()}", "Strangers": f"{own['n_references'].min():.0f}",
+        "Canaries": f"{len(each)}", "Strangers": f"{own['n_references'].min():.0f}",
         "Seed": ", ".join(sorted(own["seed"].unique())),
     }  # fmt: skip
 

@@ -40,7 +40,8 @@ HETEROGENEITY = (
 DATASET = (
     "Were these texts, as a set, trained on? All scores of one model together, fitted on half of the texts and tested "
     "on the other; one-sided p, for sets of so many texts of either kind. With several seeds: median, least to "
-    "greatest. Control: the share of p < 0.05 between two halves of the non-members, which should be 5 %."
+    "greatest. Control: the share of p < 0.05 of the same test between two halves of the non-members, which should be "
+    "5 % or less. Where texts come in groups, a group counts as one text."
 )
 INTERACTION = (
     "Is the difference between two students the same in all tasks? Cochran's Q of the paired differences of AUC; Holm "

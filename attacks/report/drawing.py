@@ -45,6 +45,8 @@ class Picture:
 def describe(results: Results, model: str) -> str:
     """A run in five words, for somebody who has not read the glossary."""
     words = {
+        "base_student": "before any training here",
+        "base_teacher": "before any training here",
         "null": "student without a teacher",
         "reference": "for comparison",
         "swap": "trained on the non-members",

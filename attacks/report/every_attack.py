@@ -34,8 +34,8 @@ STRONGEST = (
     "The strongest of all attacks on each model, those folded below included. The greatest of many AUCs is above 0.5 "
     "where there is nothing to find: beside it stand the median of the greatest when the labels are shuffled "
     "(members and non-members exchanged at random, the same for all attacks), and the share p of such shuffles that "
-    "reach it. Access “auditor”: with other private models at hand. The two-hop attacks and teacher_shift read the "
-    "teacher itself: what they show on null, they know from there."
+    "reach it. Access “auditor”: with other private models at hand. Left out are the two-hop attacks, teacher_shift "
+    "and teacher_kl, which read the teacher itself and may show its leak on any model: read what they show above null."
 )
 
 
@@ -99,6 +99,8 @@ class Grid:
 
 def attack_section(results: Results, pictures: dict[str, Picture]) -> Html:
     """Heat maps, the strongest attacks, tables of AUCs; secondary attacks folded."""
+    if results.membership.empty:
+        return Html("")
     first = results.first_attacks
     second = [a for a in results.attack_ids if a not in first]
     parts = [tag("p", NOTE if len(results.attacks) else "Many comparisons, not corrected for their number.")]

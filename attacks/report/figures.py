@@ -40,6 +40,9 @@ from attacks.report.drawing import (
 )
 from attacks.report.heatmaps import draw_heatmaps
 from attacks.report.inheritance_figures import draw_inheritance
+from attacks.report.mechanism_figures import draw_mechanism
+from attacks.report.memorized_figures import draw_memorized
+from attacks.report.region_figures import draw_regions
 from attacks.report.results import MAIN_PAIR, Results, kind
 from attacks.report.technique_figures import draw_leaks, draw_use
 
@@ -47,7 +50,8 @@ from attacks.report.technique_figures import draw_leaks, draw_use
 def draw_all(results: Results) -> dict[str, Picture]:
     """Every figure that the tables allow, by name, in the order of the page.
 
-    chain, heatmap, roc, agreement, vulnerable, supervision, alpha, tasks, exposure; of each setting with several
+    chain, heatmap, roc, agreement, vulnerable, supervision, alpha, tasks, memorized, repeats, temperature,
+    ranks, coefficients, exposure; of each setting regions-<setting>, mechanism-<setting>, and where it has several
     students techniques-<setting> and usefulness-<setting>.  Where there are two settings, one for each:
     heatmap-<setting>; where there are many models or series, several: heatmap-2.
     """
@@ -61,6 +65,9 @@ def draw_all(results: Results) -> dict[str, Picture]:
             "roc": _roc(results),
             **draw_inheritance(results),
             "tasks": _tasks(results),
+            **draw_memorized(results),
+            **draw_regions(results),
+            **draw_mechanism(results),
             "exposure": draw_exposure(results),
         }
         for name, parts in drawn.items():

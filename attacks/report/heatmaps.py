@@ -13,6 +13,8 @@ NAMES, ROW = 1.32, 0.36  # inches: the names of attacks, a row
 def draw_heatmaps(results: Results) -> dict[str, Drawing | None]:
     """The attacks of the first pages on all models, by the names of their blocks; one scale of colours for all."""
     found = {block.name: (block, Grid(results, results.first_attacks, block.models)) for block in blocks(results)}
+    if results.membership.empty:
+        return {}
     values = np.concatenate([grid.rows["value"].to_numpy(float) for _, grid in found.values()])
     reach = max(0.1, np.nanmax(np.abs(values - 0.5))) if np.isfinite(values).any() else 0.1
     return {name: _heatmap(results, block, grid, reach) for name, (block, grid) in found.items()}

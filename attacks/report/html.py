@@ -36,6 +36,7 @@ SETTINGS = {
     "disjoint": "the student is distilled on public records, never on the teacher's private ones",
     "shared": "the student is distilled on the very records the teacher was trained on",
 }
+ATTACKED = ("Members / non-members", "Attacker's access", "Worst resolvable leak")
 REFUSED = "The headline was refused: what this picture shows may come from the split and not from the models."
 
 
@@ -75,7 +76,7 @@ def _headline(summary: dict) -> Html:
 
 
 def _seeds(results: Results) -> str:
-    seeds = sorted(set(results.membership["seed"]) - {"all"})
+    seeds = sorted((set(results.membership["seed"]) or set(results.memorization["seed"])) - {"all"})
     return f"one seed ({seeds[0]}): no ranking" if len(seeds) == 1 else f"{len(seeds)} seeds ({', '.join(seeds)})"
 
 
@@ -98,6 +99,8 @@ def _card(results: Results) -> Html:
         "Utility (dev loss, nats per token)": _utility(results, model),
         "Not tested": listed(s["not_tested"]) if s.get("not_tested") else "the audit lists nothing",
     }
+    if results.membership.empty:  # no non-members: what is memorized was measured, and nothing was attacked
+        facts = {k: v for k, v in facts.items() if k not in ATTACKED}
     return tag("dl", join(*(join(tag("dt", k), tag("dd", v)) for k, v in facts.items())))
 
 

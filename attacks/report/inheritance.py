@@ -117,7 +117,7 @@ def _success_table(results: Results, frame: pd.DataFrame, said: str) -> Html:
             "TPR on the teacher": measured(*numbers("tpr_teacher")),
             "TPR on the student": measured(*numbers("tpr_student")),
             "Student − teacher": measured(*numbers("tpr_difference")),
-            "p": p_value(gap["p_value"].iloc[0]) if gap is not None and len(gap) == 1 else "–",
+            "p (Holm)": p_value(gap["p_corrected"].iloc[0]) if gap is not None and len(gap) == 1 else "–",
             "FPR on teacher / student": " / ".join(f"{1 - numbers(f'tnr_{m}')[0]:.3f}" for m in ("teacher", "student")),
             "Members called on both / teacher / student / neither":
                 " / ".join(f"{100 * share:.0f}" for share in cells.values()) + " %",
@@ -127,9 +127,12 @@ def _success_table(results: Results, frame: pd.DataFrame, said: str) -> Html:
         })  # fmt: skip
     attack, rule = frame["attack"].iloc[0], frame["rule"].iloc[0]
     seeds = frame["seed"].nunique() > 1
-    test = "t over seeds and records" if seeds else "McNemar, exact"
+    grouped = (results.summary.get("groups") or {}).get("applicable")  # then nothing is counted record by record
+    unit = "groups of records" if grouped else "records"
+    test = f"t over seeds and {unit}" if seeds else f"t over {unit}" if grouped else "McNemar, exact"
     caption = (
-        f"{said}Attack: {attack}; {RULES.get(rule, rule)}. 95 % intervals; p: {test}, not corrected. "
+        f"{said}Attack: {attack}; {RULES.get(rule, rule)}. 95 % intervals; p: {test}, after "
+        "Holm over the attacks and students of the setting. "
         f"AUC of vulnerable members and of the others against all non-members: {seeds_words(frame)}."
     )
     return table(rows, caption, results.headline["model"])
@@ -180,7 +183,8 @@ def _measure_table(results: Results, frame: pd.DataFrame, said: str, measures: l
             matched, contrast = by.get(MATCHED), by.get(CONTRAST)
             rows.append({
                 "Measure": MEASURES[measure], "Student": student,
-                "Vulnerable − matched non-members": _effect(matched), "p": p_value(matched.p_value) if matched else "–",
+                "Vulnerable − matched non-members": _effect(matched),
+                "p (Holm)": p_value(matched.p_corrected) if matched else "–",
                 "Vulnerable − non-vulnerable": _effect(contrast),
                 **{words: _effect(by.get(group)) for group, words in GROUPS.items()},
                 "n": " / ".join(f"{by[g].n:,.0f}" if g in by else "?" for g in GROUPS),
@@ -188,8 +192,9 @@ def _measure_table(results: Results, frame: pd.DataFrame, said: str, measures: l
             })  # fmt: skip
     attack = frame["attack"].iloc[0]
     caption = (
-        f"{said}Groups by {attack} on the teacher. Means over records of means over response tokens; 95 % intervals, p "
-        "not corrected. n: records that are in the group in any seed. † different by construction."
+        f"{said}Groups by {attack} on the teacher. Means over records of means over response tokens; 95 % intervals; p "
+        "after Holm over the attacks and students of the setting, measure by measure. n: records that are in the group "
+        "in any seed. † different by construction."
     )
     return table(rows, caption)
 
@@ -209,11 +214,11 @@ def _members(results: Results, frame: pd.DataFrame) -> Html:
             gap = by.get("member-non_member")
             rows.append({
                 "Measure": MEASURES[measure], "Student": student, "Members − non-members": _effect(gap),
-                "p": p_value(gap.p_value) if gap else "–",
+                "p (Holm)": p_value(gap.p_corrected) if gap else "–",
                 "Members": _effect(by.get("member")), "Non-members": _effect(by.get("non_member")),
                 "Seed": next(iter(by.values())).seed,
             })  # fmt: skip
-    return table(rows, "Whatever an attack says: the role alone. 95 % intervals, p not corrected.")
+    return table(rows, "Whatever an attack says: the role alone. 95 % intervals; p after Holm over the students.")
 
 
 # --- the weight of the teacher ---------------------------------------------------------------------------------------
@@ -226,14 +231,16 @@ def alpha_section(results: Results, pictures: dict[str, Picture]) -> Html:
     if a.empty:
         return Html("")
     rows = []
-    for keys, own in a.groupby(["setting", "technique", "measure", "group"], sort=False):
-        setting, technique, measure, group = keys
+    several = a["series"].max() > 1  # of one technique, told apart by their number
+    for keys, own in a.groupby(["setting", "technique", "series", "measure", "group"], sort=False):
+        setting, technique, series, measure, group = keys
         points = {
             f"alpha {x:g}": measured(*mean_row(at)) for x, at in sorted(own.groupby("alpha"), key=lambda part: part[0])
         }
         rows.append({
             "Measure": ALPHA_MEASURES.get(measure, measure), "Group": GROUPS.get(group, group), "Setting": setting,
-            "Technique": technique, **points, "Seed": spread_seeds(own),
+            "Technique": technique, **({"Series": f"{series:g}"} if several else {}), **points,
+            "Seed": spread_seeds(own),
         })  # fmt: skip
     columns = dict.fromkeys(key for row in rows for key in row)
     rows = [{c: row.get(c, "–") for c in columns} for row in rows]

@@ -64,7 +64,7 @@ def draw_inheritance(results: Results) -> dict[str, Drawing | None]:
             )
             found[name + ending] = draw(results, own)
     series = pooled(about(results.alpha, attack=head))
-    for i, (keys, own) in enumerate(series.groupby(["teacher", "setting", "technique"], sort=False)):
+    for i, (keys, own) in enumerate(series.groupby(["teacher", "setting", "technique", "series"], sort=False)):
         found["alpha" if not i else f"alpha-{i + 1}"] = _alpha(results, own, keys)
     return found
 
@@ -265,7 +265,7 @@ def _supervision(results: Results, frame: pd.DataFrame) -> Drawing | None:
 # --- the weight of the teacher ---------------------------------------------------------------------------------------
 
 
-def _alpha(results: Results, frame: pd.DataFrame, keys: tuple[str, str, str]) -> Drawing | None:
+def _alpha(results: Results, frame: pd.DataFrame, keys: tuple[str, str, str, float]) -> Drawing | None:
     """A panel for each measure against alpha, a line for each group of records."""
     measures = [m for m in ALPHA_MEASURES if (frame["measure"] == m).any()]
     if not measures:
@@ -273,7 +273,7 @@ def _alpha(results: Results, frame: pd.DataFrame, keys: tuple[str, str, str]) ->
     wide, body, foot = 1.95, 1.35, 0.5
     lines = -(-len(measures) // 2)
     height = TOP + 0.55 + lines * (body + foot + 0.25)
-    teacher, setting, technique = keys
+    teacher, setting, technique, _ = keys
     figure = titled(
         WIDTH, height, "What the weight of the teacher does",
         f"attack: {results.headline['attack']}; {technique}, {setting} setting, taught by {teacher}",

@@ -12,6 +12,7 @@ from attacks.membership import ATTACKS, FIRST
 TEXT = {"model", "model_a", "model_b", "technique", "setting", "access", "attack", "role_pair", "task", "metric"}
 TEXT |= {"ci_kind", "seed", "gate", "verdict", "measure", "test", "rule", "teacher", "student", "class", "group"}
 TEXT |= {"by_construction", "placement", "example_id"}
+TEXT |= {"role", "baseline", "region", "features", "protocol", "claim"}
 COLUMNS = {
     "membership.csv": "model technique setting access attack role_pair task metric value ci_low ci_high ci_kind "
     "n_members n_nonmembers seed",
@@ -25,11 +26,20 @@ COLUMNS = {
     "p_corrected n_members n_nonmembers",
     "decisions.csv": "model attack role_pair seed measure fpr prior value ci_low ci_high by_chance verdict n_members "
     "n_nonmembers",
-    "agreement.csv": "teacher student attack rule measure class value ci_low ci_high p_value seed",
-    "supervision.csv": "teacher student attack measure group n value ci_low ci_high p_value by_construction seed",
-    "alpha.csv": "teacher setting technique alpha student attack measure group value ci_low ci_high seed",
+    "agreement.csv": "teacher student attack rule measure class value ci_low ci_high p_corrected seed",
+    "supervision.csv": "teacher student attack measure group n value ci_low ci_high p_corrected by_construction seed",
+    "alpha.csv": "teacher setting technique series alpha student attack measure group value ci_low ci_high seed",
     "exposure.csv": "model seed example_id placement repeats exposure extrapolated n_references fit_p",
     "dataset.csv": "model measure n value attacks seed",
+    "memorization.csv": "model technique setting measure task role value ci_low ci_high n seed",
+    "claims.csv": "claim setting model_a model_b measure value ci_low ci_high p_value p_corrected n seed verdict",
+    "inheritance.csv": "teacher baseline student setting measure region count denominator value ci_low ci_high "
+    "p_value p_corrected seed",
+    "prediction.csv": "student setting features protocol measure value ci_low ci_high n seed",
+    "mechanism.csv": "student model technique setting group measure role value ci_low ci_high n seed",
+    "mechanism_points.parquet": "student model seed example_id group entropy log_p",
+    "disagreement.csv": "model technique setting attack measure value ci_low ci_high n seed",
+    "disagreement_examples.parquet": "model seed attack example_id role task membership_rank memorization_rank",
 }
 # Everything but membership.csv may be absent.
 KINDS = (
@@ -70,6 +80,7 @@ def pooled(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows that speak for a model: seed `all` where several seeds were run, else the seed there is."""
     known = ("model", "model_a", "model_b", "attack", "role_pair", "task", "metric", "measure", "gate")
     known += ("test", "teacher", "student", "rule", "class", "group")
+    known += ("role", "region", "features", "protocol", "claim", "setting")
     keys = [frame[k] for k in known if k in frame]
     whole = frame["seed"] == "all"
     return frame[whole | ~whole.groupby(keys).transform("any")] if len(frame) else frame
@@ -93,18 +104,27 @@ class Results:
     alpha: pd.DataFrame
     exposure: pd.DataFrame
     dataset: pd.DataFrame
+    memorization: pd.DataFrame
+    claims: pd.DataFrame
+    inheritance: pd.DataFrame
+    prediction: pd.DataFrame
+    mechanism: pd.DataFrame
+    mechanism_points: pd.DataFrame
+    disagreement: pd.DataFrame
+    disagreement_examples: pd.DataFrame
 
     @cached_property
     def headline(self) -> dict:
         """The summary's headline; where it names no model, attack or pair, the first ones of the tables."""
         given = {k: v for k, v in (self.summary.get("headline") or {}).items() if v is not None}
         first = next((m for m in self.models if kind(m) == "student"), self.models[-1])
-        attacks = self.membership["attack"].unique()
-        return {"model": first, "attack": attacks[0], "role_pair": MAIN_PAIR} | given
+        attack = next(iter(self.membership["attack"]), "")
+        return {"model": first, "attack": attack, "role_pair": MAIN_PAIR} | given
 
     @cached_property
     def models(self) -> list[str]:
-        return in_order(self.membership["model"])
+        """Those that were attacked; where there are no non-members to attack with, those that memorization is of."""
+        return in_order((self.membership if len(self.membership) else self.memorization)["model"])
 
     @cached_property
     def attack_ids(self) -> list[str]:
@@ -168,7 +188,8 @@ class Results:
     @cached_property
     def settings(self) -> dict[str, str]:
         """Model -> `disjoint`, `shared` or `-`."""
-        return dict(zip(self.membership["model"], self.membership["setting"].replace("", "-"), strict=True))
+        told = pd.concat([self.memorization[["model", "setting"]], self.membership[["model", "setting"]]])
+        return dict(zip(told["model"], told["setting"].replace("", "-"), strict=True))
 
     def setting_words(self, models) -> str:
         """The settings of these models for a title, e.g. `disjoint setting`."""
@@ -236,6 +257,6 @@ def load(report_dir: str | Path) -> Results:
         if not (folder / name).exists():
             raise FileNotFoundError(f"{folder / name} is missing; run the attack stage first, it writes this file")
     frames = {name.split(".")[0]: _read(folder, name) for name in COLUMNS}
-    if frames["membership"].empty:
+    if frames["membership"].empty and frames["memorization"].empty:
         raise ValueError(f"{folder / 'membership.csv'} has no rows: no model was attacked, so nothing can be reported")
     return Results(summary=json.loads((folder / "summary.json").read_text(encoding="utf-8")), **frames)

@@ -24,7 +24,16 @@ from sklearn.metrics import roc_curve
 
 from attacks import membership
 from attacks.rows import compare, estimate, same_examples
-from attacks.statistics import Difference, Groups, Influence, Interval, allowed_false_positives, auc_influence, correct
+from attacks.statistics import (
+    Difference,
+    Groups,
+    Influence,
+    Interval,
+    allowed_false_positives,
+    auc_influence,
+    correct,
+    logit_interval,
+)
 from attacks.study import Pair, Study, Unresolved
 
 COLUMNS = (
@@ -154,7 +163,7 @@ def group_names(flagged: np.ndarray, nonmembers: int) -> np.ndarray:
 
 
 def d_prime(members: np.ndarray, nonmembers: np.ndarray) -> Influence:
-    """`(mean_m - mean_n) / s`, `s^2` the mean of both variances; inf influence where nothing varies."""
+    """`(mean_m - mean_n) / s`, `s^2` the mean of both variances. Raises Unresolved where nothing varies."""
     m, n = members.mean(), nonmembers.mean()
     variances = members.var(), nonmembers.var()
     s = np.sqrt(sum(variances) / 2)
@@ -198,7 +207,7 @@ def _couple_rows(study: Study, teacher: str, student: str) -> Iterator[dict]:
                     refused.setdefault(str(why), []).append(attack)
             at = head | {"attack": attack, "rule": rule}
             for seed, (both, decisions) in decided.items():
-                yield from (at | {"seed": seed} | row for row in _cells(decisions))
+                yield from (at | {"seed": seed} | row for row in _cells(decisions, both.student.groups))
                 yield from (at | {"seed": seed} | row for row in _rates([both], [decisions]))
                 if rule == RULES[0]:
                     for row in _group_rows(both, decisions[0].members):
@@ -213,21 +222,34 @@ def _couple_rows(study: Study, teacher: str, student: str) -> Iterator[dict]:
         yield head | {"attack": " ".join(dict.fromkeys(attacks)), "measure": "agreement", "reason": reason}
 
 
-def _cells(decisions: list[Decisions]) -> Iterator[dict]:
+def _cells(decisions: list[Decisions], groups: Groups | None) -> Iterator[dict]:
     """Both 2x2 tables of one seed: by decision, and by whether it was right."""
     teacher, student = decisions
+    codes = groups or (None, None)
+    both = None if groups is None else np.concatenate(groups)
     for name, (of_teacher, of_student) in CELLS.items():
         inside = [(t == of_teacher) & (s == of_student) for t, s in zip(teacher, student, strict=True)]
-        for which, part in zip(("members", "nonmembers"), inside, strict=True):
-            yield {"measure": f"flagged_{name}", "class": which} | _share(part)
+        for which, part, own in zip(("members", "nonmembers"), inside, codes, strict=True):
+            yield {"measure": f"flagged_{name}", "class": which} | _share(part, own)
         right = np.concatenate([inside[0], (teacher[1] != of_teacher) & (student[1] != of_student)])
-        yield {"measure": f"right_{name}", "class": "all"} | _share(right)
+        yield {"measure": f"right_{name}", "class": "all"} | _share(right, both)
 
 
-def _share(part: np.ndarray) -> dict:
+def _share(part: np.ndarray, groups: np.ndarray | None = None) -> dict:
+    """Count and share of the records in it (bool [n]), with its interval over records or over groups (codes [n])."""
     count, n = int(part.sum()), len(part)
-    found = exact_interval(count, n)
+    found = exact_interval(count, n) if groups is None else _grouped_interval(part, groups)
     return {"count": count, "denominator": n, "value": count / n, "ci_low": found.low, "ci_high": found.high}
+
+
+def _grouped_interval(part: np.ndarray, groups: np.ndarray) -> Interval:
+    """A share of records with its interval over groups: on the logit scale; exact, of groups, where it is 0 or 1."""
+    value, sums = float(part.mean()), np.bincount(np.unique(groups, return_inverse=True)[1], part - part.mean())
+    number = len(sums)
+    if value in (0, 1) or number < 2:
+        return exact_interval(round(value * number), number)._replace(value=value)
+    se = np.sqrt(number / (number - 1) * np.sum(sums**2)) / len(part)
+    return logit_interval(value, se, number, number, df=number - 1)
 
 
 def exact_interval(count: int, n: int) -> Interval:

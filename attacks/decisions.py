@@ -84,7 +84,7 @@ def _bootstrap(values: list[float], draws: np.ndarray, jackknives: list[list[np.
 
 
 def _rate_rows(pairs: list[Pair], fpr: float, draws: np.ndarray) -> list[dict]:
-    first, n = pairs[0], len(pairs[0].nonmembers)
+    first, n = pairs[0], pairs[0].auc.sizes[1]  # non-members, or their groups: what is independent
     allowed = allowed_false_positives(n, fpr)
     jackknives = [jackknife_tpr(pair.members, pair.nonmembers, fpr, pair.groups) for pair in pairs]
     tpr = _bootstrap([tpr_step(pair.members, pair.nonmembers, fpr) for pair in pairs], draws, jackknives)
@@ -92,8 +92,9 @@ def _rate_rows(pairs: list[Pair], fpr: float, draws: np.ndarray) -> list[dict]:
         said = f"at zero observed false positives (true FPR below {3 / n:.2g} at 95 %): not a headline"
         return [{"measure": "tpr", "fpr": fpr, "by_chance": fpr, "verdict": said} | tpr]
     enough = allowed >= NEEDED
-    said = "headline" if enough else f"not a headline: rests on {allowed} false positives, {NEEDED} are needed"
-    behind = false_positive_range(first.auc.sizes[1], fpr)
+    what = "false positives" if first.groups is None else f"of {n} groups as false positives"
+    said = "headline" if enough else f"not a headline: rests on {allowed} {what}, {NEEDED} are needed"
+    behind = false_positive_range(n, fpr)
     rows = [{"measure": "tpr", "fpr": fpr, "by_chance": fpr, "verdict": said} | tpr]
     rows.append({"measure": "fpr", "fpr": fpr, "value": fpr, "ci_low": behind.low, "ci_high": behind.high})
     for prior in PRIORS:

@@ -37,6 +37,8 @@ def difference_rows(study: Study) -> list[dict]:
         for each in _comparisons(study):
             if not all(attack in study.attacks(run) for run in (each.a, each.b)):
                 continue
+            if membership.ATTACKS[membership.parse(attack)[0]].reads_teacher and study.swap(each.a) == each.b:
+                continue  # another teacher is read beside the swap: the gap would be that of the two teachers
             group = (each.setting, each.role_pair)
             if each.setting and group not in spreads:
                 spreads[group] = _spread(study, *group, attack)

@@ -1,7 +1,9 @@
 """Near-duplicate control: non-members whose text the members' texts hold already (statistics.md 6.3).
 
 A record counts as a near-duplicate where more than 0.8 of its 13-grams of tokens occur in one of the members' texts
-(`ngram_13_0.8`); a text shorter than that where it equals a member's, or differs by at most a fifth of its tokens.
+(`ngram_13_0.8`); a text shorter than that where it equals a member's, or differs by at most a fifth of its tokens; one
+that is nothing but the template's n-grams where it equals a member's.  Members are all that the model was trained on:
+the evaluated ones and the trained half of the calibration records.
 Looked at are prompt and response together, which is the record, and the response alone, which is what is scored: a
 short answer that two questions share says little about membership, so that the two are counted apart.
 """
@@ -124,6 +126,12 @@ def close_short(texts: list[np.ndarray], among: list[np.ndarray], n: int = GRAM)
     return np.array([is_short and tuple(map(int, text)) in close for is_short, text in zip(short, texts, strict=True)])
 
 
+def same_texts(texts: list[np.ndarray], among: list[np.ndarray]) -> np.ndarray:
+    """Is a text, token by token, one of `among`?  bool [d]; False for a text without tokens."""
+    known = {text.astype(np.int64).tobytes() for text in among} - {b""}
+    return np.array([text.astype(np.int64).tobytes() in known for text in texts], bool)
+
+
 def _kinds(texts: list[tuple]) -> sparse.csr_array:
     """Which ids a text has [d, V], each once."""
     sets = [sorted(set(text)) for text in texts]
@@ -149,7 +157,8 @@ def near_duplicates(members: pd.DataFrame, nonmembers: pd.DataFrame) -> dict[str
             [np.concatenate(parts) for parts in zip(*(frame[c] for c in columns), strict=True)]
             for frame in (nonmembers, members)
         )
-        flagged[name] = (shared_grams(of, among) > SHARE) | close_short(of, among)
+        share = shared_grams(of, among)
+        flagged[name] = (share > SHARE) | close_short(of, among) | (np.isnan(share) & same_texts(of, among))
     return flagged
 
 
@@ -164,7 +173,7 @@ def duplicate_rows(study: Study, scores_dir: str | Path) -> list[dict]:
     try:
         blocks = {run: _block(study, run) for run in models}
         first = next(iter(blocks.values()))[0][0]
-        flagged = _flagged(scores_dir, first)
+        flagged = _flagged(study, scores_dir, first)
     except Unresolved:
         return [gate_row("near_duplicates", "all models", "count", NOT_RUN)]
     n, rows = len(first.nonmembers), []
@@ -186,7 +195,7 @@ def _block(study: Study, run: str) -> list[list[Pair]]:
     return list(samples.values())
 
 
-def _flagged(scores_dir: str | Path, pair: Pair) -> dict[str, np.ndarray]:
+def _flagged(study: Study, scores_dir: str | Path, pair: Pair) -> dict[str, np.ndarray]:
     """Near-duplicates by what they are, bool [n] in the order of the pair's non-members."""
     folder = Path(scores_dir) / "text"
     texts = []
@@ -197,7 +206,21 @@ def _flagged(scores_dir: str | Path, pair: Pair) -> dict[str, np.ndarray]:
         if not np.isin(ids, text.index).all():
             raise Unresolved(f"text/{role}.parquet does not have all evaluated records")
         texts.append(text.loc[ids])
-    return near_duplicates(*texts)
+    members, nonmembers = texts
+    return near_duplicates(pd.concat([members, _trained_calibration(study, scores_dir, pair)]), nonmembers)
+
+
+def _trained_calibration(study: Study, scores_dir: str | Path, pair: Pair) -> pd.DataFrame | None:
+    """Texts of the calibration records that the model, or its teacher, was trained on; None where nobody knows."""
+    if not (Path(scores_dir) / "text" / "calib.parquet").exists():
+        return None
+    text = read_text(scores_dir, "calib")
+    try:
+        coins = study.drawn_coins(text.index.to_numpy(object))
+    except Unresolved:
+        return None
+    trained = 0 if "heldout" in study.trained_on(pair.run) else 1  # which half: kd_jax/data/roles.py
+    return text[coins == trained]
 
 
 def _auc_rows(study: Study, run: str, block: list[list[Pair]], flagged: dict[str, np.ndarray]) -> list[dict]:

@@ -1,8 +1,9 @@
 """Exposure of canaries: how far up a model ranks an inserted secret among those of its kind that nobody inserted.
 
 `exposure = log2 |R| - log2 rank` (memorization.md 5; arXiv:1802.08232).  The candidates R are the canaries with
-placement `none`: same generator, same template, same length, never trained on.  The mean loss over the whole response
-orders them as the log-perplexity does.
+placement `none`: same generator, same template, same length in tokens, never trained on.  The mean loss over the whole
+response orders them as the log-perplexity does; of a canary that is a plain text, over the whole text, of which the
+secret is the end and the name, digits too, a part of what is to be known.
 """
 
 import numpy as np
@@ -79,16 +80,20 @@ def exposure_rows(study: Study) -> list[dict]:
 
 
 def exposure_facts(rows: list[dict]) -> list[dict]:
-    """For summary.json: mean exposure with its standard error by model, placement and repeats, over canaries and seeds.
+    """For summary.json: mean exposure by model, placement and repeats, with its standard error over the n canaries.
 
-    `saturates` is the greatest value that ranks among the references allow.
+    A canary counts once, with its mean over seeds.  `saturates` is the greatest value that ranks among the references
+    allow.
     """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["placement"], row["repeats"]), []).append(row)
     facts = []
     for (model, placement, repeats), group in sorted(groups.items()):
-        values = np.array([row["exposure"] for row in group])
+        each: dict[str, list[float]] = {}
+        for row in group:
+            each.setdefault(row["example_id"], []).append(row["exposure"])
+        values = np.array([np.mean(of) for of in each.values()])
         error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
         tails = [row["extrapolated"] for row in group if row["extrapolated"] is not None]
         facts.append(

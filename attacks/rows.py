@@ -18,6 +18,7 @@ from attacks.statistics import (
     Spread,
     balanced_accuracy,
     chance_p,
+    chance_variance,
     difference,
     interval,
     logit_interval,
@@ -65,15 +66,16 @@ def estimate(influences: list[Influence], samples: list[Sample]) -> Interval:
 def against_chance(influences: list[Influence], samples: list[Sample]) -> float:
     """Two-sided p-value of an AUC of 0.5; over seeds and examples for several seeds.
 
-    One pair of independent records takes the exact variance without a leak (Mann-Whitney), all else the estimated one.
+    One pair of independent records takes the exact variance without a leak (Mann-Whitney), all else the estimated one;
+    where that is 0 (perfect separation), the one without a leak as well.
     """
-    if len(samples) > 1:
-        mean = _seed_mean(influences, samples)
-        return difference(mean.value - 0.5, mean.se, df=mean.df).p
-    (auc,), (pair, *swap) = influences, samples[0]
-    if auc.groups is None and not swap:
+    (first, *others), (pair, *swap) = influences, samples[0]
+    if first.groups is None and not swap and not others:
         return chance_p(pair.members, pair.nonmembers)
-    return difference(auc.value - 0.5, float(np.sqrt(auc.variance())), df=auc.df).p
+    mean = _seed_mean(influences, samples) if others else SeedMean(first.value, np.sqrt(first.variance()), first.df)
+    if mean.se < 1e-12:
+        mean = mean._replace(se=np.sqrt(chance_variance(*first.sizes)), df=max(sum(first.sizes) - 2, 1))
+    return difference(mean.value - 0.5, mean.se, df=mean.df).p
 
 
 def compare(
@@ -86,9 +88,10 @@ def compare(
     """a - b, seed by seed on the same examples; both lists in the order of `samples`; pooled: see `over_seeds`."""
     gaps = [x.minus(y) for x, y in zip(a, b, strict=True)]
     if len(samples) == 1:
-        return difference(gaps[0].value, float(np.sqrt(gaps[0].variance() + extra_variance)), df=gaps[0].df)
-    mean = _seed_mean(gaps, samples, pooled)
-    return difference(mean.value, float(np.sqrt(mean.se**2 + extra_variance)), df=mean.df)
+        mean = SeedMean(gaps[0].value, np.sqrt(gaps[0].variance()), gaps[0].df)
+    else:
+        mean = _seed_mean(gaps, samples, pooled)
+    return difference(mean.value, float(np.sqrt(mean.se**2 + extra_variance)), df=mean.df, sizes=gaps[0].sizes)
 
 
 def same_examples(a: Sample, b: Sample) -> bool:

@@ -225,7 +225,7 @@ def _score_run(study: Study, shelf: Shelf, key: Key) -> None:
             study.scores[(*key, attack_id, role)] = Scores(scored.ids, scored.task, values)
         except (Unresolved, CannotScore) as why:
             study.missing[(*key, attack_id, role)] = str(why)
-    if "dc_pdd" in study.plan[key[0]]:
+    if (*key, "dc_pdd", role) in study.scores:
         terms = signals.dc_pdd_terms(response, shelf.counts)
         _count(study.caps, key, int((terms >= 0.01).sum()), len(terms))
 
@@ -269,9 +269,10 @@ def _count(counts: dict, key: Key, some: int, of: int) -> None:
 
 
 def _note_caps(study: Study) -> None:
-    shares = [some / of for some, of in study.caps.values() if of]
+    shares = [100 * some / of for some, of in study.caps.values() if of]
     if shares:
+        ends = dict.fromkeys(f"{share:.0f}" for share in (min(shares), max(shares)))
         study.note(
-            f"dc_pdd: {100 * min(shares):.0f} to {100 * max(shares):.0f} % of a model's terms are at the cap of 0.01; "
+            f"dc_pdd: {' to '.join(ends)} % of a model's terms are at the cap of 0.01; "
             "near 100 % it tells nothing apart."
         )

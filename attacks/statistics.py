@@ -157,7 +157,7 @@ def logit_interval(value: float, se: float, m: int, n: int, level: float = 0.95,
         bound = (alpha / 2) ** (1 / min(m, n))
         return Interval(value, bound, 1.0) if value >= 1 else Interval(value, 0.0, 1 - bound)
     if se < 1e-12:
-        se = np.sqrt((m + n + 1) / (12 * m * n))
+        se, df = np.sqrt(chance_variance(m, n)), max(m + n - 2, 1)
     centre, half = np.log(value / (1 - value)), stats.t.isf(alpha / 2, df) * se / (value * (1 - value))
     return Interval(value, float(1 / (1 + np.exp(half - centre))), float(1 / (1 + np.exp(-half - centre))))
 
@@ -172,10 +172,27 @@ def delong(members: np.ndarray, nonmembers: np.ndarray, level: float = 0.95) -> 
     return interval(auc_influence(members, nonmembers), level)
 
 
-def difference(value: float, se: float, level: float = 0.95, df: float = np.inf) -> Difference:
-    """Interval and two-sided p-value of a difference.  No spread at all (identical rankings): p = 1."""
-    if se < 1e-12:
+def chance_variance(m: int, n: int) -> float:
+    """Variance of the AUC of a random ranking of m members and n non-members without ties."""
+    return (m + n + 1) / (12 * m * n)
+
+
+def difference(
+    value: float, se: float, level: float = 0.95, df: float = np.inf, sizes: tuple[int, int] | None = None
+) -> Difference:
+    """Interval and two-sided p-value of a difference.  No spread at all and a value of 0 (identical rankings): p = 1.
+
+    sizes: of a difference of two AUCs or rates, the independent members and non-members behind it.  Where another value
+    than 0 has no spread (perfect separation) that of two random rankings of the fewer of both stands in,
+    `(2k + 1) / 6k^2` with 2k - 2 degrees of freedom: wider than the exact bound of a share that is 0 of k.
+    Without sizes only the p-value is bounded, by the sign test of df + 1 values that agree.
+    """
+    if se < 1e-12 and abs(value) < 1e-12:
         return Difference(value, value, value, 0.0, 0.0, 1.0)
+    if se < 1e-12 and sizes is None:
+        return Difference(value, value, value, 0.0, float(np.sign(value)) * np.inf, min(1.0, 2 * 0.5 ** (df + 1)))
+    if se < 1e-12:
+        se, df = np.sqrt(2 * chance_variance(min(sizes), min(sizes))), max(2 * min(sizes) - 2, 1)
     half = stats.t.isf((1 - level) / 2, df) * se
     return Difference(value, value - half, value + half, se, value / se, float(2 * stats.t.sf(abs(value / se), df)))
 
@@ -183,7 +200,7 @@ def difference(value: float, se: float, level: float = 0.95, df: float = np.inf)
 def paired_difference(a: Influence, b: Influence, level: float = 0.95) -> Difference:
     """a - b for two statistics of the same examples in the same order (DeLong's paired comparison for AUC)."""
     gap = a.minus(b)
-    return difference(gap.value, float(np.sqrt(gap.variance())), level, gap.df)
+    return difference(gap.value, float(np.sqrt(gap.variance())), level, gap.df, gap.sizes)
 
 
 def paired_delong(
@@ -209,6 +226,9 @@ def _chance_p(value: float, members: np.ndarray, nonmembers: np.ndarray) -> floa
     return float(2 * special.ndtr(-abs(value - 0.5) / np.sqrt(variance))) if len(tied) > 1 else 1.0
 
 
+# --- many tests at once ----------------------------------------------------------------------------------------------
+
+
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """Holm's step-down correction, in the order of the input."""
     p = np.asarray(p_values, float)
@@ -217,9 +237,6 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     corrected = np.empty_like(p)
     corrected[order] = np.minimum(stepped, 1)
     return corrected
-
-
-# --- ROC, TPR at a fixed FPR, balanced accuracy ----------------------------------------------------------------------
 
 
 def correct(rows: Sequence[dict], family: Callable[[dict], Hashable] = lambda row: None) -> None:
@@ -231,6 +248,9 @@ def correct(rows: Sequence[dict], family: Callable[[dict], Hashable] = lambda ro
     for own in families.values():
         for row, p in zip(own, holm([row["p_value"] for row in own]), strict=True):
             row["p_corrected"] = float(p)
+
+
+# --- ROC, TPR at a fixed FPR, balanced accuracy ----------------------------------------------------------------------
 
 
 def roc(members: np.ndarray, nonmembers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -345,6 +365,8 @@ def over_seeds(
     between = spread.variance / len(values)
     total = between + within
     df = total**2 / between**2 * spread.df if between > 1e-12 * total else np.inf
+    if total == 0:
+        return SeedMean(float(np.mean(values)), 0.0, spread.df)  # nothing varies: the seeds are all that is counted
     if np.isfinite(within_df):
         df = total**2 / (between**2 / spread.df + within**2 / within_df) if total < np.inf else 1.0
     if pooled is not None and pooled.df == 1:

@@ -77,6 +77,36 @@ def test_several_seeds_and_groups_of_records():
     assert kept["value"] == naive["value"] and kept["se"] > 1.3 * naive["se"]
 
 
+def test_shares_of_grouped_records_count_groups():
+    """Every record three times: the interval is that of a third of them, as wide as without the copies, or wider."""
+    copies = lambda values: [v for v in values for _ in range(3)]
+    teacher, pupil = [3] * 10 + [1] * 8, ([3] * 5 + [1] * 5) + ([3] * 2 + [1] * 6)
+    once = {"teacher": teacher, "students/kd": pupil}
+    runs = {
+        (run, 0): {"loss": {"private": copies(v), "heldout": copies([1] * 9 + [3]), "calib": CALIB}}
+        for run, v in once.items()
+    }
+    groups = {f"{role}-{i:04d}": f"{role[0]}{i // 3}" for role in ("private", "heldout") for i in range(60)}
+    at = lambda rows, measure, of: row(rows, measure=measure, **{"class": of}, **RULE)
+    by_group, by_record = agreement.rows(study(runs, groups)), agreement.rows(study(runs))
+    for measure, of in (("flagged_both", "members"), ("flagged_none", "nonmembers"), ("right_both", "all")):
+        wide, naive = at(by_group, measure, of), at(by_record, measure, of)
+        assert (wide["value"], wide["count"]) == (naive["value"], naive["count"])
+        assert wide["ci_high"] - wide["ci_low"] > 1.3 * (naive["ci_high"] - naive["ci_low"]), measure
+    never = at(by_group, "flagged_student", "nonmembers")
+    assert (never["ci_low"], never["ci_high"]) == (0, pytest.approx(1 - 0.025 ** (1 / 10)))  # 0 of ten groups
+
+
+def test_share_over_groups_covers():
+    """Groups that share a rate: the interval over groups holds its level, the one over records does not."""
+    rng, codes, held = np.random.default_rng(2), np.repeat(np.arange(40), 6), np.zeros(2)
+    for _ in range(600):
+        hits = rng.random(240) < np.repeat(rng.beta(1.2, 2.8, 40), 6)
+        found = [agreement._share(hits, codes), agreement._share(hits)]
+        held += [each["ci_low"] <= 0.3 <= each["ci_high"] for each in found]
+    assert 0.925 <= held[0] / 600 <= 0.985 and held[1] / 600 < 0.9
+
+
 def test_exact_statistics_equal_scipy(check):
     for count, n in ((0, 7), (3, 7), (7, 7), (40, 200)):
         exact = stats.binomtest(count, n).proportion_ci(0.95, "exact")

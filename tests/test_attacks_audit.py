@@ -336,6 +336,7 @@ def test_reading_of_no_leak_and_of_an_auc_far_below_half(tmp_path):
         ({"attacks": ["los"]}, "unknown attack 'los'"),
         ({"headline_model": "students/x"}, "no score table of the headline model students/x"),
         ({"role_pair": "dev-heldout"}, "role_pair 'dev-heldout'"),
+        ({"primary": "wbc"}, "attack.primary wbc needs a reference: wbc:base_student"),
     ],
 )
 def test_settings_that_do_not_exist(experiment, tmp_path, settings, words):

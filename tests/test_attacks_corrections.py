@@ -6,6 +6,9 @@ from planted_study import study
 from scipy import stats
 
 from attacks.corrections import attack_rows, corrected_facts
+from attacks.differences import difference_rows
+from attacks.rows import membership_rows
+from attacks.summary import _worst
 
 ATTACKS = ("loss", "zlib", "min_k", "min_k_plus_plus", "sum")
 
@@ -74,3 +77,22 @@ def test_a_seed_that_lacks_an_attack_leaves_it_out():
     rows = attack_rows(study(scores))
     assert {row["attack"] for row in rows if row["seed"] == "all"} == {"loss"}
     assert {row["attack"] for row in rows if row["seed"] == 0} == {"loss", "zlib"}
+
+
+def test_the_teachers_own_leak_is_not_the_students():
+    """teacher_shift reads no token of the student: its AUC is that of the teacher, on the student and on null alike."""
+    rng = np.random.default_rng(4)
+    scores, of_teacher = {}, (rng.normal(2, 1, 60), rng.normal(0, 1, 60))
+    for run in ("students/kd", "null", "swap_students/kd"):
+        scores[run, 0, "loss"] = rng.normal(0.8 * (run == "students/kd"), 1, 60), rng.normal(0, 1, 60)
+        scores[run, 0, "teacher_shift"] = of_teacher[::-1] if "swap" in run else of_teacher
+    told = {"swap_students/kd": {"swap_of": "students/kd"}, "null": {"train_roles": ["public"]}}
+    made = study(scores, provenance=told)
+    for row in attack_rows(made):
+        assert (row["attack"], row["family"]) == ("loss", 1), row
+    leaks = membership_rows(made)
+    assert any(row["attack"] == "teacher_shift" and row.get("value", 0) > 0.9 for row in leaks)  # still shown
+    assert _worst(made, leaks)["row"]["attack"] == "loss"
+    compared = {(row["model_a"], row["model_b"], row["attack"]) for row in difference_rows(made)}
+    assert ("students/kd", "null", "teacher_shift") in compared and ("students/kd", "null", "loss") in compared
+    assert {of[2] for of in compared if of[1] == "swap_students/kd"} == {"loss"}

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from planted_study import study
+from planted_study import ids_of, study
 from scipy import stats
 
 from attacks import statistics as st
@@ -44,6 +44,17 @@ def test_rates_are_headlines_from_ten_false_positives():
     assert not [row for row in rows if row["measure"] == "ppv" and row["fpr"] == 0]
     rate = pick(rows, measure="tpr", fpr=0.25)
     assert rate["ci_kind"] == "bca" and rate["ci_low"] < rate["value"] < rate["ci_high"] and rate["by_chance"] == 0.25
+
+
+def test_the_verdict_counts_groups():
+    """Of 250 non-members in 25 groups one in ten may be called: 25 records, but only 2 groups."""
+    rng = np.random.default_rng(6)
+    names = {i: f"{i[0]}{k // 10}" for role in ("private", "heldout") for k, i in enumerate(ids_of(role, 250))}
+    rows = decision_rows(study(leaky(rng, 250), groups=names))
+    rate = pick(rows, measure="tpr", fpr=0.1)
+    assert rate["verdict"] == "not a headline: rests on 2 of 25 groups as false positives, 10 are needed"
+    assert pick(rows, measure="ppv", fpr=0.1, prior=1)["verdict"] == rate["verdict"]
+    assert "true FPR below 0.12 at 95 %" in pick(rows, measure="tpr", fpr=0.0)["verdict"]
 
 
 def test_ppv_is_bayes():

@@ -93,6 +93,37 @@ def test_records_and_responses_are_told_apart():
     assert list(found["records"]) == [False, True, False, False, True]
 
 
+def test_a_text_that_is_all_template_is_compared_whole():
+    """One answer of many members: its 13-grams are nobody's, so that no share is left; the same answer is a duplicate,
+    a part of it is not."""
+    rng = np.random.default_rng(5)
+    answer, text = np.arange(500, 530), lambda n: rng.integers(1000, 9000, n)
+    member = records([text(20) for _ in range(40)], [answer] * 20 + [text(30) for _ in range(20)])
+    others = records([text(20) for _ in range(3)], [answer, answer[:20], text(30)])
+    assert np.isnan(shared_grams([answer], list(member["response_ids"]))).all()
+    found = near_duplicates(member, others)
+    assert list(found["responses"]) == [True, False, False] and not found["records"].any()
+
+
+def test_the_trained_half_of_the_calibration_records_are_members_too(tmp_path):
+    world = World(tmp_path / "scores", {"private": 60, "heldout": 60, "calib": 40})
+    world.write("teacher", train_roles=["private"])
+    world.write("students/kd", {"private": 0.4}, teacher="teacher")
+    world.write_text()
+    folder = tmp_path / "scores" / "text"
+    heldout, calib = (pd.read_parquet(folder / f"{r}.parquet") for r in ("heldout", "calib"))
+    coin = pd.read_parquet(folder / "splits.parquet").set_index("example_id")["coin"].loc[calib["example_id"]]
+    trained, other = calib[coin.to_numpy() == 1], calib[coin.to_numpy() == 0]
+    for column in ("prompt_ids", "response_ids"):
+        copied = [*trained[column][:3], *other[column][:2]]
+        heldout.loc[:4, column] = pd.Series(copied, index=range(5))
+    heldout.to_parquet(folder / "heldout.parquet")
+    settings = QUICK | {"attacks": ["loss"], "headline_model": "students/kd"}
+    assert audit(tmp_path / "scores", tmp_path / "out", settings)["near_duplicates"]["counts"]["records"] == 3
+    (folder / "splits.parquet").unlink()  # then nobody knows which half it was
+    assert audit(tmp_path / "scores", tmp_path / "out", settings)["near_duplicates"]["counts"]["records"] == 0
+
+
 def test_gate_counts_and_leaves_them_out(tmp_path):
     world = World(tmp_path / "scores", {"private": 100, "heldout": 100})
     world.write("students/kd", {"private": 0.4})

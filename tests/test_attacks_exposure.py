@@ -1,5 +1,7 @@
 """Exposure: ranks among references, the tail of the fitted distribution, and rows for planted canaries."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,6 +10,7 @@ from scipy import stats
 
 from attacks.audit import complete
 from attacks.exposure import COLUMNS, exposure_facts, exposure_rows, extrapolated, interpolated, log_cdf
+from attacks.report.canaries import _exposure_row
 from attacks.scoring import load_study
 
 
@@ -63,8 +66,22 @@ def test_rows_of_planted_canaries(tmp_path):
     best = min(rows, key=lambda row: row["loss"])
     assert best["exposure"] == max(row["exposure"] for row in rows)
     facts = exposure_facts(rows)
-    assert sum(f["n"] for f in facts) == len(rows) and {f["repeats"] for f in facts} <= {1, 4}
+    assert sum(f["n"] for f in facts) == len({row["example_id"] for row in rows})
+    assert {f["repeats"] for f in facts} <= {1, 4}
     assert all(f["exposure"] <= f["saturates"] for f in facts)
+
+
+def test_seeds_are_no_further_canaries():
+    """Three seeds that say the same of four canaries: the standard error is that of four numbers, not of twelve."""
+    same = {"model": "teacher", "placement": "both", "repeats": 1, "extrapolated": None, "n_references": 64}
+    bits = [1.0, 2.0, 4.0, 5.0]
+    rows = [same | {"seed": k, "example_id": f"c{i}", "exposure": b} for k in range(3) for i, b in enumerate(bits)]
+    (fact,) = exposure_facts(rows)
+    assert (fact["n"], fact["exposure"]) == (4, 3.0)
+    assert fact["standard_error"] == pytest.approx(np.std(bits, ddof=1) / 2)
+    cells = [row | {"fit_p": np.nan, "extrapolated": np.nan, "seed": str(row["seed"])} for row in rows]
+    shown = _exposure_row(SimpleNamespace(settings={}), ("teacher", "both", 1), pd.DataFrame(cells))
+    assert shown["Exposure (bits)"].replace("\xa0", " ") == "3.00 ± 0.91" and shown["Canaries"] == "4"
 
 
 def test_without_canaries_there_are_no_rows(tmp_path):

@@ -1,5 +1,6 @@
 """Records that come in groups: variances, intervals, tests and draws count groups; without groups nothing changes."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from scipy import stats
 from attacks import resampling as rs
 from attacks import statistics as st
 from attacks.audit import audit
-from attacks.rows import against_chance, auc_of, estimate
+from attacks.rows import against_chance, auc_of, compare, estimate
 from attacks.summary import group_facts
 
 
@@ -97,6 +98,24 @@ def test_chance_is_tested_by_groups():
         by_record.append(against_chance([bare.auc], [[bare]]))
     assert stats.kstest(by_group, "uniform").pvalue > 0.001 and np.mean(np.array(by_group) < 0.05) < 0.11
     assert np.mean(np.array(by_record) < 0.05) > 0.2
+
+
+def test_a_perfect_attack_is_a_finding_over_groups_and_over_seeds():
+    """AUC 1 has no spread that could be estimated; p was 1 and the interval of a difference had no width."""
+    names = {i: i[:-1] for role in ("private", "heldout") for i in ids_of(role, 60)}
+    apart = (np.full(60, 2.0), np.zeros(60))
+    scores = {("students/kd", seed, "loss"): apart for seed in (0, 1, 2)} | {("null", 0, "loss"): (np.zeros(60),) * 2}
+    for groups, exact in ((names, 2 / math.comb(12, 6)), (None, 2 / math.comb(120, 60))):
+        made = study(scores, groups=groups)
+        sample = lambda run, seed, made=made: made.pairs(run, seed, "loss", "private-heldout")
+        seeds = [sample("students/kd", seed) for seed in (0, 1, 2)]
+        for block in (seeds[:1], seeds):
+            p = against_chance([auc_of(each) for each in block], block)
+            assert exact < p < 0.02, (groups is None, len(block), p)
+            null = [auc_of(sample("null", 0))] * len(block)
+            gap = compare([auc_of(each) for each in block], null, block)
+            assert gap.value == 0.5 and gap.low < 0.4 and gap.high > 0.6 and exact < gap.p < 0.2
+            assert compare(null, null, block)[:3] == (0, 0, 0) and compare(null, null, block).p == 1
 
 
 def test_slices_keep_their_groups():

@@ -1,5 +1,8 @@
 """The table of attacks: ids, dispatch, abstention, planted leaks and planted nulls for every one of them."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from planted_regimes import REGIMES, make
@@ -140,6 +143,19 @@ def test_ids():
     ):
         with pytest.raises(ValueError, match=words):
             parse(wrong)
+
+
+def test_the_documented_columns_open_what_needs_them():
+    """docs/score_tables.md names for every optional column all attacks that read it."""
+    text = (Path(__file__).parents[1] / "docs" / "score_tables.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]*\| ([^|]*)\|$", text, re.M)
+    told = {column: set(" ".join(re.findall("`([^`]*)`", opens)).split()) for column, opens in rows}
+    columns = {column for attack in ATTACKS.values() for column in attack.needs} - {"logp"}
+    assert columns <= set(told)
+    for column in columns:
+        assert told[column] == {name for name, attack in ATTACKS.items() if column in attack.needs}, column
+    variants = text.partition("## Variants")[2].partition("##")[0]
+    assert all(f"`{name}`" in variants for name in (*membership.VARIANTS, "step-<n>"))
 
 
 def test_what_cannot_be_scored_says_so():

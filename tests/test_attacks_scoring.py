@@ -1,5 +1,7 @@
 """From tables on disk to scores: which attacks run on which model, what each gets, and why one does not run."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -138,4 +140,14 @@ def test_capped_terms_are_said(tmp_path):
     world.write_text()
     assert pd.read_parquet(tmp_path / "text/splits.parquet").shape[0] == 40
     (note,) = study_of(tmp_path, attacks=["dc_pdd"], references=[]).notes
-    assert "dc_pdd" in note and "at the cap of 0.01" in note
+    assert re.match(r"dc_pdd: \d+ % of a model's terms are at the cap of 0.01", note)  # one model, one number
+
+
+def test_token_counts_of_another_tokenizer_cost_one_attack_and_no_audit(tmp_path):
+    world = World(tmp_path, {"private": 20, "heldout": 20})
+    world.write("students/kd")
+    world.write_text()
+    np.savez(tmp_path / "text/token_counts.npz", counts=np.arange(10))
+    study = study_of(tmp_path, attacks=["loss", "dc_pdd"], references=[])
+    assert "counts 10 ids, the tables have id" in study.missing["students/kd", 0, "dc_pdd", "private"]
+    assert ("students/kd", 0, "loss", "private") in study.scores and not study.notes

@@ -154,6 +154,20 @@ def test_resampler_draws_belong_to_the_ids():
     assert not np.array_equal(one.counts(ids), one.counts(np.array(["a", "b", "c", "e"])))
 
 
+def test_a_difference_without_spread_is_not_without_doubt():
+    """A perfect ranking beside constant scores: p is small, never 0 or 1, and the interval has a width."""
+    perfect, constant = (np.ones(20), np.zeros(30)), (np.zeros(20), np.zeros(30))
+    gap = st.paired_delong(*perfect, *constant)
+    k = 20  # the fewer of both; two random rankings of k and k
+    half = stats.t.isf(0.025, 2 * k - 2) * np.sqrt(2 * (2 * k + 1) / (12 * k * k))
+    assert gap == pytest.approx((0.5, 0.5 - half, 0.5 + half, *gap[3:]), rel=1e-9) and 0 < gap.p < 0.01
+    for k in (2, 3, 5, 10, 50, 1000):  # wider than the exact bound of 0 of k
+        half = st.difference(1.0, 0.0, sizes=(k, 10_000)).value - st.difference(1.0, 0.0, sizes=(k, 10_000)).low
+        assert half > 1 - 0.025 ** (1 / k)
+    assert st.difference(0.3, 0.0, df=9).p == 2 * 0.5**10 and st.difference(-0.3, 0.0, df=0).p == 1  # the sign test
+    assert st.difference(0.0, 0.0, sizes=(20, 30)) == (0, 0, 0, 0, 0, 1)
+
+
 def test_three_seeds_do_not_make_a_finding():
     """Mean of three seeds that differ by chance: the interval misses 0 at its nominal rate, whatever the shares."""
     rng, draws = np.random.default_rng(10), 4000
@@ -165,6 +179,7 @@ def test_three_seeds_do_not_make_a_finding():
         assert 0.01 < missed / draws < 0.07
     alike = st.over_seeds([0.7, 0.7], 0.04)
     assert alike == (0.7, pytest.approx(0.2), np.inf)
+    assert st.over_seeds([1.0, 1.0, 1.0], 0.0) == (1, 0, 2)  # nothing varies: not the certainty of a normal limit
 
 
 def test_mean_of_a_model_and_its_swap():

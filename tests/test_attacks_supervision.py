@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import planted_study
 import pyarrow.parquet as pq
 import pytest
 from planted_couples import row, with_columns
@@ -117,7 +118,7 @@ def test_what_is_missing_is_said_once(tmp_path):
 def test_curve_over_alpha(tmp_path):
     study = planted(tmp_path, ratios=(1.0, 0.25, 0.5))
     assert alpha.series(study) == {
-        ("teacher", "disjoint", "kd"): ["students/kd_alpha0.25", "students/kd_alpha0.5", "students/kd"]
+        ("teacher", "disjoint", "kd", 1): ["students/kd_alpha0.25", "students/kd_alpha0.5", "students/kd"]
     }
     tables = membership_table.membership_rows(study), agreement.rows(study), supervision.rows(study)
     curve = alpha.curve(study, *tables)
@@ -126,6 +127,28 @@ def test_curve_over_alpha(tmp_path):
         assert [r["alpha"] for r in points] == [0.25, 0.5, 1.0] and all(r["value"] is not None for r in points)
     assert set(curve[0]) == set(alpha.COLUMNS.split())
     assert alpha.curve(planted(tmp_path / "one"), *tables) == []
+
+
+def test_a_series_differs_in_alpha_alone():
+    """A temperature, a recipe, a start or other data beside alpha begins another series, or none."""
+    told = {"teacher": "teacher", "recipe": "matched", "init": "base_student", "train_roles": ["public"]}
+    students = {
+        "half": ({"kd_ratio": 0.5}, {}),
+        "whole": ({}, {}),
+        "hot": ({"student_T": 4.0, "kd_ratio": 0.5}, {}),
+        "hot_whole": ({"student_T": 4.0}, {}),
+        "warm": ({"kd_ratio": 0.25, "student_T": 2.0}, {}),
+        "own": ({"kd_ratio": 0.1}, {"recipe": "published"}),
+        "started": ({"kd_ratio": 0.2}, {"init": "init_student"}),
+        "more": ({"kd_ratio": 0.3}, {"train_roles": ["public", "heldout"]}),
+    }
+    both = (np.arange(3.0), np.arange(3.0))
+    provenance = {f"students/{k}": told | {"objective": o} | rest for k, (o, rest) in students.items()}
+    made = planted_study.study({(run, 0, "loss"): both for run in provenance}, provenance=provenance)
+    assert alpha.series(made) == {
+        ("teacher", "disjoint", "kd", 1): ["students/half", "students/whole"],
+        ("teacher", "disjoint", "kd", 2): ["students/hot", "students/hot_whole"],
+    }
 
 
 def test_means_and_differences_equal_textbook_formulas(check):

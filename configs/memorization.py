@@ -6,7 +6,8 @@
 
 `wikitext` (borkar2026): paragraphs of plain text, some trained on 4, 16 or 64 times, and invented canaries; word-level
 KD at T = 1, 2, 3, 4 and hard labels on the teacher's own records (`shared`), and KD on public ones (`disjoint`).
-`dolly` (singh2025): responses to instructions; word-level KD, sequence KD and reverse KL in both settings.
+`dolly` (singh2025): responses to instructions; word-level KD, sequence KD and reverse KL on the teacher's own records,
+and KD on public ones.
 `filter` (borkar2026): distil, predict what the student memorizes, distil again without it, by the same teacher; beside
 it a student without as many records drawn at random, and one without those that a classifier flagged which never saw
 their labels.
@@ -61,7 +62,7 @@ def _student(technique: str, setting: str, objective: str = "", **keys) -> Confi
 
 
 def _text() -> ConfigDict:
-    """Plain text: paragraphs cut into windows, a part of which is repeated; memorized in cuts of 32 + k tokens."""
+    """Plain text: paragraphs cut into windows, a part of which is repeated; cuts of 32 + k tokens."""
     config = _small()
     config.data.text_unit = "paragraph"
     config.data.template = "text"
@@ -71,7 +72,9 @@ def _text() -> ConfigDict:
     config.data.row_length = 192
     config.data.max_prompt = 48
     config.data.repeated.share = 0.12
-    config.recipes = ConfigDict(dict(matched=base.recipe("matched", epochs=2, batch_rows=16, lr=2e-3, warmup_steps=50)))
+    config.recipes = ConfigDict(
+        dict(matched=base.recipe("matched", steps=200, batch_rows=16, lr=2e-3, warmup_steps=20))
+    )
     config.objectives = ConfigDict(dict(sft=base.objective("sft")))
     for t in TEMPERATURES:
         config.objectives[f"kd_t{t}"] = base.objective("kd", student_T=float(t), teacher_T=float(t))
@@ -116,13 +119,13 @@ def dolly() -> ConfigDict:
     config.data.max_prompt = 144
     config.data.row_length = 256
     config.data.repeated.share = 0.12
-    config.recipes = ConfigDict(dict(matched=base.recipe("matched", epochs=3, batch_rows=8, lr=2e-3, warmup_steps=50)))
+    config.recipes = ConfigDict(dict(matched=base.recipe("matched", steps=200, batch_rows=8, lr=2e-3, warmup_steps=20)))
     names = dict(sft="sft", kd="singh_kd", seqkd="singh_seqkd", minillm="minillm")
     config.objectives = ConfigDict({name: base.objective(preset) for name, preset in names.items()})
     for name in ("seqkd", "minillm"):
         config.objectives[name].max_new_tokens = 64
     students = {f"{name}_shared": _student(name, "shared") for name in names if name != "sft"}
-    students |= {name: _student(name, "disjoint") for name in names if name != "sft"}
+    students["kd"] = _student("kd", "disjoint")
     config.runs = _runs(**students)
     config.attack.headline = "students/kd_shared"
     config.memorization.decodings = ("greedy", "zhang2025")

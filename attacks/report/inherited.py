@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from attacks.inheritance import REGIONS
 from attacks.report.drawing import Picture, brief
 from attacks.report.markup import Html, figure, finite, folded, join, p_value, table, tag, text
 from attacks.report.named_measures import (
@@ -15,15 +16,7 @@ from attacks.report.named_measures import (
 )
 from attacks.report.results import Results, in_order, pooled
 
-REGIONS = {  # as inheritance.csv names them, and who memorizes: teacher, baseline, student
-    "T&B&S": (True, True, True),
-    "T&B not S": (True, True, False),
-    "T&S not B": (True, False, True),
-    "B&S not T": (False, True, True),
-    "T only": (True, False, False),
-    "B only": (False, True, False),
-    "S only": (False, False, True),
-}
+SEVEN = {name: who for name, who in REGIONS.items() if any(who)}  # of someone; who: teacher, baseline, student
 RATIOS = {  # measure: its heading
     "inheritance_rate": "Inherited: T & S not B, of T not B",
     "inherited_share": "Inherited: T & S not B, of S",
@@ -105,7 +98,7 @@ def _regions(results: Results, frame: pd.DataFrame, setting: str, cut: str) -> H
         totals = whole[(whole["student"] == student) & (whole["seed"] == seed)]
         rows.append({
             "Student": student, "Seed": seed,
-            **{region_words(r): _counted(own[own["region"] == r]) for r in (*REGIONS, "none")},
+            **{region_words(r): _counted(own[own["region"] == r]) for r in (*SEVEN, "none")},
             **{f"All of {name}": _counted(totals[totals["region"] == name]) for name in "TBS"},
             "Texts": _texts(own), "Teacher": own["teacher"].iloc[0],
         })  # fmt: skip

@@ -2,8 +2,9 @@
 
 import pandas as pd
 
+from attacks.inheritance import REGIONS
 from attacks.report.drawing import Picture
-from attacks.report.inherited import REGIONS, region_words
+from attacks.report.inherited import region_words
 from attacks.report.markup import Html, figure, finite, folded, join, short_measured, table, tag, text
 from attacks.report.named_measures import ROLES, heading, main_cut, named, parse, settings_in, share, triple
 from attacks.report.results import Results, in_order, pooled
@@ -20,7 +21,7 @@ DIVERGENCES = {
     "kl_teacher_student": "KL(teacher ‖ student)",
     "kl_student_teacher": "KL(student ‖ teacher)",
 }
-GROUPS = ("all", *REGIONS, "none")
+GROUPS = ("all", *REGIONS)
 KL_NOTE = (
     "Is the student closer to its teacher on the records that the teacher was trained on? Nats per response token; a "
     "gap that holds 0 shows nothing."

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from attacks.report.drawing import GREY, PALE, TOP, WIDTH, Drawing, brief, fit, panel, titled
-from attacks.report.inherited import REGIONS, is_coincidence, split
+from attacks.report.inherited import SEVEN, is_coincidence, split
 from attacks.report.named_measures import main_cut, percent, setting_words
 from attacks.report.results import Results, in_order
 
@@ -70,27 +70,27 @@ def _bars(axes: Axes, rows: pd.DataFrame, seed: str) -> dict[str, float]:
         s: rows[rows["seed"] == s].drop_duplicates("region").set_index("region")
         for s in (seed, "union", "intersection")
     }
-    one = by[seed].reindex(list(REGIONS))
+    one = by[seed].reindex(list(SEVEN))
     counts, n = one["count"].to_numpy(float), one["denominator"].to_numpy(float)
-    x = np.arange(len(REGIONS))
-    axes.bar(x, counts, 0.62, color=[COLOURS.get(r, "#9aa5b0") for r in REGIONS], zorder=2)
+    x = np.arange(len(SEVEN))
+    axes.bar(x, counts, 0.62, color=[COLOURS.get(r, "#9aa5b0") for r in SEVEN], zorder=2)
     axes.vlines(x, n * one["ci_low"].to_numpy(float), n * one["ci_high"].to_numpy(float), color="black", lw=1, zorder=3)
     tops = np.fmax(counts, n * one["ci_high"].to_numpy(float))
     for name, marker in (("union", "^"), ("intersection", "v")):
         if len(by[name]):
-            values = by[name]["count"].reindex(list(REGIONS)).to_numpy(float)
+            values = by[name]["count"].reindex(list(SEVEN)).to_numpy(float)
             axes.plot(x + 0.36, values, marker, ms=4, mfc="white", mec="black", mew=0.8, ls="", zorder=4)
             tops = np.fmax(tops, values)
     most = max(np.nanmax(tops), 1)
     for at, (count, top) in enumerate(zip(counts, tops, strict=True)):
         axes.text(at, top + 0.04 * most, f"{count:,.0f}", ha="center", va="bottom", size=8.8)
     axes.set_ylim(0, 1.22 * most)
-    axes.set_xlim(-0.6, len(REGIONS) - 0.4)
+    axes.set_xlim(-0.6, len(SEVEN) - 0.4)
     axes.set_xticks([])
     axes.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     axes.tick_params(labelsize=8)
     axes.grid(axis="y", color=PALE, lw=0.6, zorder=0)
-    return dict(zip(REGIONS, counts, strict=True))
+    return dict(zip(SEVEN, counts, strict=True))
 
 
 def _totals(rows: pd.DataFrame, apart: bool) -> str:
@@ -110,14 +110,14 @@ def _totals(rows: pd.DataFrame, apart: bool) -> str:
 
 def _matrix(figure: Figure, height: float) -> None:
     axes = panel(figure, LEFT, 0.12, WIDTH - LEFT - 0.15, DOTS)
-    axes.set_xlim(-0.6, len(REGIONS) - 0.4)
+    axes.set_xlim(-0.6, len(SEVEN) - 0.4)
     axes.set_ylim(2.5, -0.5)
     axes.axis("off")
     for y, name in enumerate(("teacher (T)", "direct (B)", "student (S)")):
         axes.text(-0.75, y, name, ha="right", va="center", size=8.8)
         if y == 1:
             axes.axhspan(0.5, 1.5, color="#f5f7f9", zorder=0)
-    for x, inside in enumerate(REGIONS.values()):
+    for x, inside in enumerate(SEVEN.values()):
         axes.plot([x] * 3, range(3), "o", color=PALE, ms=7, zorder=1)
         held = [y for y, held in enumerate(inside) if held]
         axes.plot([x] * len(held), held, "o-", color="#1b2026", ms=7, lw=1.6, zorder=2)

@@ -54,6 +54,7 @@ DEFAULTS = {
     "blind": True,  # False: no blind gate, and so no headline
     "tasks": True,  # AUC per task as well
     "cuts": [],  # (prefix, suffix) in tokens, of what is called memorized; []: attacks/cuts.py
+    "filtered": {},  # run: form:run, those that were to be trained without what a filter found
     "unit": "record",  # what privacy is promised to
     "data": {},
     "run_settings": {},
@@ -176,14 +177,19 @@ def _write(out: Path, tables: dict[str, list[dict]], frames: dict[str, pd.DataFr
 
 
 def _reasons(rows: list[dict]) -> list[dict]:
-    """Rows of teachers and students that could not be computed, as the summary's `unresolved` has them."""
-    empty = dict.fromkeys(("attack", "role_pair", "task", "seed"), "all")
+    """Rows that could not be computed, as the summary's `unresolved` has them: one entry for all models and seeds that
+    lack a measure for the same reason, joined by commas."""
+    found: dict[tuple, dict[str, dict[str, None]]] = {}
+    for row in (row for row in rows if "reason" in row):
+        model = row.get("student") or row.get("model") or row.get("model_a") or "all models"
+        at = [row.get(key, "all") for key in ("attack", "role_pair", "task")]
+        at[1] = row.get("role", at[1])
+        same = found.setdefault((*at, row["measure"], row["reason"]), {"model": {}, "seed": {}})
+        same["model"][model] = same["seed"][str(row.get("seed", "all"))] = None
+    names = ("attack", "role_pair", "task", "metric", "reason")
     return [
-        empty
-        | {key: row[key] for key in ("attack", "seed") if key in row}
-        | {"model": row.get("student", "all models"), "metric": row["measure"], "reason": row["reason"]}
-        for row in rows
-        if "reason" in row
+        dict(zip(names, key, strict=True)) | {name: ", ".join(each) for name, each in joined.items()}
+        for key, joined in found.items()
     ]
 
 

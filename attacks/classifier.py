@@ -96,11 +96,14 @@ def trials(found: Candidates, seed: int, number: int = TRIALS, match: np.ndarray
     """Splits into train and test, positives and others apart, whole groups; on each side fresh negatives, 1:3.
 
     match: [n, F], the others nearest to the positives in these are the negatives; drawn at random if not given.
-    Raises TooFew.
+    Raises TooFew, also where no split has both kinds on both sides.
     """
     need(found)
     groups = np.unique(found.groups, return_inverse=True)[1]
     positive = np.bincount(groups, found.memorized) > 0
+    if positive.sum() < 2:
+        raise TooFew("all memorized examples are of one group: none can be held out")
+    made = 0
     for number_of in range(number):
         rng = np.random.default_rng([seed, number_of])
         held = np.zeros(len(positive), bool)
@@ -110,14 +113,17 @@ def trials(found: Candidates, seed: int, number: int = TRIALS, match: np.ndarray
         sides = [np.flatnonzero(~held[groups]), np.flatnonzero(held[groups])]
         chosen = [_with_negatives(found.memorized, side, rng, match) for side in sides]
         if all(len(np.unique(found.memorized[side])) == 2 for side in chosen):
+            made += 1
             yield Trial(*chosen, sides[1])
+    if not made:
+        raise TooFew("no split has memorized examples and others both to fit on and to hold out")
 
 
 def _with_negatives(y: np.ndarray, side: np.ndarray, rng: np.random.Generator, match: np.ndarray | None) -> np.ndarray:
     """The positives of a side, and RATIO times as many negatives as far as there are. Indices."""
     positives, others = side[y[side]], side[~y[side]]
     wanted = min(RATIO * len(positives), len(others))
-    if match is None or not len(positives):
+    if match is None or not wanted:
         return np.concatenate([positives, rng.choice(others, wanted, replace=False)])
     return np.concatenate([positives, others[_nearest(match[positives], match[others], wanted, rng)]])
 
@@ -148,13 +154,18 @@ def fitted_on(
     counts: np.ndarray | None = None,
     fits: int = FITS,
 ) -> Classifier:
-    """The mean of several classifiers on these rows (bool [n]), each with negatives of its own. Raises TooFew."""
+    """The mean of several classifiers on these rows (bool [n]), each with negatives of its own.
+
+    Raises TooFew, also where the counts leave none of a kind.
+    """
     need(found, rows, FEWEST // 2)
     x, y, weights, intercepts = found.matrix(names), found.memorized, [], []
     for number in range(fits):
         chosen = _with_negatives(y, np.flatnonzero(rows), np.random.default_rng([seed, number]), None)
         if counts is not None:
             chosen = chosen[counts[chosen] > 0]
+            if len(np.unique(y[chosen])) < 2:
+                raise TooFew("a resample has no memorized examples or no others")
         one = fit(x[chosen], y[chosen], None if counts is None else counts[chosen])
         weights.append(one.weights / one.scale)  # of the features as they are: these can be averaged
         intercepts.append(one.intercept - one.mean @ weights[-1])
@@ -174,11 +185,16 @@ def crossed(
     """Log-odds [n] of the target's examples from a classifier fitted on the source's other half.
 
     Neither an example's own label is seen, nor in the source the example itself. Raises TooFew.
-    counts: of both, which then have the same examples.
+    counts: of both, which then have the same examples; NaN for all in a resample that leaves a half none of a kind.
     """
     x, scores = target.matrix(names), np.empty(len(target.ids))
     for half in (False, True):
-        classifier = fitted_on(source, names, source.half != half, seed, counts, fits)
+        try:
+            classifier = fitted_on(source, names, source.half != half, seed, counts, fits)
+        except TooFew:
+            if counts is None:
+                raise
+            return np.full(len(target.ids), np.nan)
         scores[target.half == half] = classifier.score(x[target.half == half])
     return scores
 
@@ -189,8 +205,10 @@ def crossed(
 def quality(scores: np.ndarray, y: np.ndarray, counts: np.ndarray | None = None) -> dict[str, float]:
     """AUC, and recall, precision and share flagged at log-odds 0, of scores [n]; positive where y (bool [n]).
 
-    NaN where a resample has nothing to measure it on.
+    NaN where a resample has nothing to measure it on, or no scores.
     """
+    if np.isnan(scores).any():
+        return dict.fromkeys(("auc", "recall", "precision", "flagged"), np.nan)
     w, flagged = np.ones(len(y)) if counts is None else np.asarray(counts, np.float64), scores > 0
     mean = lambda hits, of: float(w[hits & of].sum() / w[of].sum()) if w[of].sum() else np.nan
     both = w[y].sum() and w[~y].sum()
@@ -206,7 +224,7 @@ def at_prior(scores: np.ndarray, y: np.ndarray, counts: np.ndarray | None = None
     w = np.ones(len(y)) if counts is None else np.asarray(counts, np.float64)[order]
     last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # of each run of ties
     hits, above = np.cumsum(w * y[order])[last], np.cumsum(w)[last]  # at or above each threshold, from the highest down
-    if not hits[-1]:
+    if np.isnan(scores).any() or not hits[-1]:
         return dict.fromkeys(names, np.nan)
     precision = hits / np.maximum(above, 1)
     values = precision @ np.diff(hits, prepend=0) / hits[-1], precision[np.argmax(hits >= RECALL * hits[-1])]

@@ -2,8 +2,9 @@
 
 Read is the scoring variant `windows`, whose ids are `<record>@<first token>`; only the suffix of a window was scored.
 A token is covered where it stands in the suffix of a window that is drawn with probability p_z or more, under top-k 40
-at T = 1 where the table has it, else from the model itself.  `coverage@p=..;scheme` is the mean over texts of the share
-of their tokens that are covered, of those that stand in the suffix of any window: a text's first ones never do.
+at T = 1 where the table has it, else from the model itself.  `coverage@p=..;scheme;window=<tokens of a suffix>` is the
+mean over texts of the share of their tokens that are covered, of those that stand in the suffix of any window: a text's
+first ones never do.
 """
 
 import numpy as np
@@ -40,10 +41,10 @@ def _samples(tokens: Tokens) -> dict[str, Sample]:
     by_scheme = log_q(tokens)
     scheme = next(name for name in SCHEMES if name in by_scheme)
     log_p = np.bincount(tokens.owner, by_scheme[scheme], len(tokens.ids))
-    found = {}
+    found, size = {}, int(tokens.lengths.max(initial=0))
     for threshold in THRESHOLDS:
         texts, shares = coverage(tokens.ids, tokens.lengths, log_p >= np.log(threshold))
-        found[f"coverage@p={threshold:g};{scheme}"] = Sample(texts, shares, np.ones(len(texts), bool))
+        found[f"coverage@p={threshold:g};{scheme};window={size}"] = Sample(texts, shares, np.ones(len(texts), bool))
     return found
 
 

@@ -26,9 +26,9 @@ import pandas as pd
 from attacks import membership
 from attacks.agreement import exact_interval
 from attacks.cuts import Memorized
-from attacks.effects import Effect, pool, share
-from attacks.measures import blocks
-from attacks.overlap import BASELINE, kept, matched_share, missing, told
+from attacks.effects import Effect, pool, share, units
+from attacks.measures import blocks, told
+from attacks.overlap import BASELINE, kept, matched_share, missing
 from attacks.resampling import resampled_tpr
 from attacks.statistics import (
     Interval,
@@ -64,11 +64,12 @@ class Members(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A value with its resamples [B], and how many records it is of."""
+    """A value with its resamples [B], how many records it is of, and of how many independent groups."""
 
     value: float
     draws: np.ndarray
     n: int
+    groups: int
 
 
 def compared(study: Study) -> list[str]:
@@ -151,7 +152,8 @@ def correlation(study: Study, ids: np.ndarray, x: np.ndarray, y: np.ndarray) -> 
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         raise Unresolved("the same value for all records: no rank correlation")
     draws = spearman(x, y, study.resampler.counts(ids, study.clusters(ids)))
-    return Estimate(float(spearman(x, y, np.ones((1, len(x))))[0]), draws, len(ids))
+    value = float(spearman(x, y, np.ones((1, len(x))))[0])
+    return Estimate(value, draws, len(ids), units(study, ids, np.ones(len(ids), bool)))
 
 
 def interval(found: list[Estimate], low: float, high: float) -> Interval:
@@ -208,22 +210,26 @@ def misses(study: Study, found: Members, fpr: float) -> dict[str, Estimate]:
     if inside.any():
         (caught, size), n = draws["memorized"], int(inside.sum())
         missed = (size - caught)[size > 0] / size[size > 0]
-        estimates[f"missed_at_fpr_{fpr:g}"] = Estimate(1 - hits["memorized"] / n, missed, n)
+        estimates[f"missed_at_fpr_{fpr:g}"] = Estimate(
+            1 - hits["memorized"] / n, missed, n, units(study, found.ids, inside)
+        )
     if flagged.any():
         caught, other = draws["memorized"][0], draws["other"][0]
         both = caught + other
         wrong, n = other[both > 0] / both[both > 0], int(flagged.sum())
-        estimates[f"unremembered_at_fpr_{fpr:g}"] = Estimate(hits["other"] / n, wrong, n)
+        estimates[f"unremembered_at_fpr_{fpr:g}"] = Estimate(
+            hits["other"] / n, wrong, n, units(study, found.ids, flagged)
+        )
     return estimates
 
 
 def _of_share(found: list[Estimate]) -> Interval:
-    """As `interval`; where that has no width, since resamples and seeds agree, the exact one of a share instead."""
+    """As `interval`; where that has no width, since resamples and seeds agree, the exact one of a share of groups."""
     drawn = interval(found, 0.0, 1.0)
     if drawn.high - drawn.low > 1e-12:
         return drawn
-    one = min(found, key=lambda each: each.n)
-    return exact_interval(round(one.value * one.n), one.n)
+    one = min(found, key=lambda each: each.groups)
+    return exact_interval(round(one.value * one.groups), one.groups)
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------

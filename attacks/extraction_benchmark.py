@@ -47,7 +47,8 @@ def recall_curve(texts: np.ndarray, confidence: np.ndarray, correct: np.ndarray,
 def recall_rows(study: Study, memorized: Memorized) -> list[dict]:
     """`recall_at_100_errors@..` of the private role at the main cut, the greedy continuation being the only guess.
 
-    Its confidence is the mean log-probability of its tokens as far as the pass follows it, that is to the first miss.
+    Its confidence is the mean log-probability of its tokens as far as the pass follows it, that is to the first miss:
+    no attacker knows where that is.  What is measured is an order made with knowledge of the truth, not an attack.
     Texts too short for the cut are no task.  The interval is a bootstrap over texts or their groups.
     """
     rows = []

@@ -1,19 +1,22 @@
 """The list of training examples that a student is expected to memorize, and what leaving them out does.
 
-Written as `<student with dots>.parquet`, a row for every private example that was scored: example_id, and
+Written as `list.parquet`, a row for every private example that was scored: example_id, and
 
   predicted     flagged by the paper's classifier, which saw all labels (bool)
   transferred   flagged by a classifier fitted on the other half of the examples: its own label was never seen (bool)
-  random        as many as predicted, by a seeded hash (bool)
-  probability   of the paper's classifier; NaN where the text is shorter than the cut, which is never flagged
+  random        by a seeded hash, of each number of repeats as many as predicted (bool): what is repeated is memorized,
+                so that a draw from all texts would leave out much less of the training
+  probability   of the paper's classifier; NaN where the text is shorter than the cut, which is never flagged or drawn
 
 filter_rows (protocol `filter`, features: the form) compare the student distilled again without them with the first one,
 on all private examples:
 
   memorized_before memorized_after new   shares: of the first student, of the second, and what only the second memorizes
   difference                             after less before, paired on the examples
-  difference_to_random                   after, less after the random filter, paired likewise
-  removed removed_count                  of its training examples
+  difference_to_random                   after, less after the random filter, paired likewise; only where both left out
+                                         as many
+  removed removed_count                  left out, of the private examples that were scored
+  removed_exposures                      left out, of all that it would have been trained on, repeats counted
 """
 
 import logging
@@ -29,7 +32,9 @@ from attacks.classifier import TooFew, crossed, fitted_on, need
 from attacks.cuts import Memorized
 from attacks.effects import combine, mean_of, paired, share
 from attacks.features import PAPER, ROLE, TEACHER_ONLY, candidates, hashed
-from attacks.overlap import beside, kept, told, whole
+from attacks.measures import told
+from attacks.memorization import repeats_of
+from attacks.overlap import beside, kept, whole
 from attacks.resampling import Resampler
 from attacks.statistics import Difference, Interval
 from attacks.study import Study, Unresolved
@@ -42,6 +47,7 @@ DEFAULTS = {
     "features": "paper",  # or teacher_only
     "seed": 0,
 }
+FORMS = ["predicted", "transferred", "random"]
 SETS = {"paper": PAPER, "teacher_only": TEACHER_ONLY}
 log = logging.getLogger(__name__)
 
@@ -69,11 +75,11 @@ def write_filter(scores_dir: str | Path, out_dir: str | Path, settings: dict) ->
         return {}
     except Unresolved as why:
         raise TableError(f"{scores_dir}: no list for {student}: {why}") from why
-    path = Path(out_dir) / f"{student.replace('/', '.')}.parquet"
+    path = Path(out_dir) / "list.parquet"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     part = path.with_name(f".{path.name}.tmp")
     frame.to_parquet(part, compression="zstd", index=False)
-    os.replace(part, path)  # whole or not there: runs wait for it
+    os.replace(part, path)  # whole or not there
     return counts
 
 
@@ -89,17 +95,24 @@ def _list(study: Study, settings: dict) -> tuple[pd.DataFrame, dict[str, int]]:
     ids = memorized.of(student, of, ROLE, memorized.main).ids
     frame = pd.DataFrame({"example_id": ids}).merge(
         pd.DataFrame(
-            {"example_id": found.ids, "predicted": own > 0, "transferred": other > 0, "probability": expit(own)}
+            {"example_id": found.ids, "predicted": own > 0, "transferred": other > 0}
+            | {"random": _as_many(own > 0, repeats_of(study, found.ids), hashed(f"random {seed}", found.ids))}
+            | {"probability": expit(own)}
         ),
         how="left",
     )
-    frame[["predicted", "transferred"]] = frame[["predicted", "transferred"]].eq(True)
-    number = int(frame["predicted"].sum())
-    drawn = np.argsort(hashed(f"random {seed}", ids), kind="stable")[:number]
-    frame["random"] = np.isin(np.arange(len(ids)), drawn)
-    counts = {"memorized": int(found.memorized.sum()), "examples": len(ids), "predicted": number}
-    counts |= {"transferred": int(frame["transferred"].sum()), "random": number}
-    return frame[["example_id", "predicted", "transferred", "random", "probability"]], counts
+    frame[FORMS] = frame[FORMS].eq(True)
+    counts = {"memorized": int(found.memorized.sum()), "examples": len(ids)}
+    return frame, counts | {form: int(frame[form].sum()) for form in FORMS}
+
+
+def _as_many(flagged: np.ndarray, repeats: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Of each number of repeats as many as are flagged, those with the lowest keys: bool [n]."""
+    _, codes, sizes = np.unique(repeats, return_inverse=True, return_counts=True)
+    order = np.lexsort((keys, codes))
+    place = np.empty(len(keys), int)
+    place[order] = np.arange(len(keys)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return place < np.bincount(codes, flagged)[codes]
 
 
 # --- what it does -----------------------------------------------------------------------------------------------------
@@ -109,6 +122,11 @@ def filter_rows(study: Study, memorized: Memorized) -> list[dict]:
     """Rows of protocol `filter` of prediction.csv, for every run that was trained without what a filter found."""
     again = {run: study.provenance(run)["exclude"] for run in study.runs if study.provenance(run).get("exclude")}
     found = []
+    for run, excluded in study.settings.get("filtered", {}).items():
+        if run not in again:
+            first = excluded.partition(":")[2]
+            why = f"not trained: no list of what {first} memorizes (too few texts to learn from, or no filter stage)"
+            found.append({"student": run, "protocol": "filter", "measure": "difference", "reason": why})
     for run, excluded in again.items():
         form, _, first = excluded.partition(":")
         head = {"student": run, "setting": study.head(run)["setting"], "protocol": "filter", "features": form}
@@ -137,14 +155,17 @@ def _compared(
         for measure, hits in sets.items():
             yield named(measure) | at | told(share(study, ids, hits, full))
         others = {"difference": before}
-        if random is not None:
+        own = study.tables[run, seed].provenance
+        number, share_of = own.get("excluded") or 0, own.get("excluded_exposures")
+        if random is not None and number == study.provenance(random).get("excluded"):
             others["difference_to_random"] = kept(beside(study, memorized, (run, random), seed, ROLE, cut)[1])
         for measure, other in others.items():
             yield named(measure) | at | told(_bounded(paired(study, ids, after, other, full)))
             gaps[measure].append(mean_of(after.astype(float) - other, full))
-        removed = study.tables[run, seed].provenance.get("excluded") or 0
-        yield head | {"measure": "removed_count", "seed": seed, "value": removed}
-        yield head | {"measure": "removed", "seed": seed, "value": removed / len(ids), "n": len(ids)}
+        yield head | {"measure": "removed_count", "seed": seed, "value": number}
+        yield head | {"measure": "removed", "seed": seed, "value": number / len(ids), "n": len(ids)}
+        if share_of is not None:
+            yield head | {"measure": "removed_exposures", "seed": seed, "value": share_of}
     for measure, effects in gaps.items():
         if len(effects) > 1:
             found = combine(effects, study.clusters(ids))

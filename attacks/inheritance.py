@@ -10,15 +10,17 @@ borkar2026).  inheritance.csv has, per seed, for the union and the intersection 
   inherited_share      |T&S not B| / |S|          student_only_share  |S only| / |S|
   seed_noise_rate      |T&B2 not B| / |T not B|, B2 the baseline of the next seed: what chance alone `inherits`
   inherited_less_noise inheritance_rate less seed_noise_rate, paired, with a p-value
-  recurrence           examples that a model memorizes in so many of its seeds
+  recurrence           examples that a model memorizes in so many of its seeds, where it has several
   forgotten_core       examples in B of every seed, and of these the ones in S of no seed
-  transfer             region `t>r`: examples of which the teacher matches more than r of the window; value: the mean
-                       share that the student matches there.  The same with `direct`, `null` and the base as student
+  transfer             region `t>r`: examples of which the teacher matches more than r of the window before its first
+                       miss; value: the mean share that the student matches before its own.  The same with `direct`,
+                       `null` and the base as student
   jaccard containment memorized_difference inheritance_difference     see attacks/overlap.py
 
 `heldout_`: the same on records that nobody was trained on.  `coincidence_`: the setting is disjoint.  There the student
 never saw the text: what it shares with its teacher is predictable text or has come through the teacher, and its overlap
-with the baseline is none of its own memory.  The two never stand in one sentence.
+with the baseline is none of its own memory.  The two never stand in one sentence.  Transfer, jaccard and containment
+are named by what their own two models were trained on.  Unions and intersections take a model with one seed as it is.
 """
 
 from collections.abc import Iterator
@@ -27,16 +29,18 @@ import numpy as np
 
 from attacks.cuts import Cut, Memorized
 from attacks.effects import combine, mean_of, paired, units, within
+from attacks.measures import told
 from attacks.overlap import (
     BASELINE,
+    COINCIDENCE,
     beside,
     counted,
     kept,
     matched_share,
     missing,
     overlap_rows,
+    prefix_of,
     technique_rows,
-    told,
     whole,
 )
 from attacks.statistics import correct
@@ -63,6 +67,7 @@ RATIOS = {  # measure: region, what it is a share of
     "coverage": ("T&B", "B"),
     "student_only_share": ("S only", "S"),
 }
+OVER_SEEDS = ("union", "intersection")
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 0.9999)
 CONTROLS = (BASELINE, "null", "base_student")  # in the student's place
 Trio = dict[str, np.ndarray]  # T, B, S: bool [n]
@@ -85,8 +90,8 @@ def taught(study: Study) -> list[tuple[str, str]]:
     return [(teacher, run) for teacher, run in found if teacher in study.runs]
 
 
-def prefix_of(setting: str) -> str:
-    return "coincidence_" if setting == "disjoint" else ""
+def _prefix(setting: str) -> str:
+    return COINCIDENCE if setting == "disjoint" else ""
 
 
 def rows(study: Study, memorized: Memorized) -> list[dict]:
@@ -105,12 +110,11 @@ def rows(study: Study, memorized: Memorized) -> list[dict]:
     for (teacher, setting), students in families.items():
         head = {"teacher": teacher, "baseline": BASELINE, "setting": setting}
         others = [run for run in study.runs if run.startswith(BASELINE)]
-        prefix = prefix_of(setting)
         controls = [run for run in CONTROLS if run in study.runs]
         for run in (*students, *controls):
-            found += _transfer_rows(study, memorized, head | {"student": run}, prefix)
-        found += overlap_rows(study, memorized, head, [teacher, *others, *students], prefix)
-        found += technique_rows(study, memorized, head, teacher, students, prefix)
+            found += _transfer_rows(study, memorized, head | {"student": run})
+        found += overlap_rows(study, memorized, head, [teacher, *others, *students])
+        found += technique_rows(study, memorized, head, teacher, students, _prefix(setting))
     correct(found, lambda row: (row["measure"], row["setting"], row["seed"]))
     return found
 
@@ -134,17 +138,23 @@ def _student_rows(study: Study, memorized: Memorized, teacher: str, student: str
                 ids, full, trios[seed] = _trio(study, memorized, (teacher, BASELINE, student), seed, role, cut, ids)
             except Unresolved as why:
                 reasons.append(str(why))
-        name = prefix_of(setting) + control
+        name = _prefix(setting) + control
         if reasons:
             at = {"measure": f"{name}region@{cut}", "seed": "all"}
             yield head | at | {"reason": "; ".join(dict.fromkeys(reasons))}
+        own = {
+            letter: [study.match(run, seed) for seed in trios]
+            for letter, run in zip("TBS", (teacher, BASELINE, student), strict=True)
+        }
         if len(trios) > 1:
             trios |= _over_seeds(trios)
         for seed, trio in trios.items():
             for row in _regions(study, ids, full, trio):
-                yield head | row | {"measure": f"{name}{row['measure']}@{cut}", "seed": seed}
+                seeds = own.get(row["region"]) if row["measure"] == "memorized" and seed in OVER_SEEDS else None
+                if seeds is None or len(set(seeds)) > 1:
+                    yield head | row | {"measure": f"{name}{row['measure']}@{cut}", "seed": seed}
         if role == "private":
-            for row in _seed_rows(study, ids, full, trios):
+            for row in _seed_rows(study, ids, full, trios, own):
                 yield head | row | {"measure": f"{name}{row['measure']}@{cut}"}
 
 
@@ -176,12 +186,19 @@ def _regions(study: Study, ids: np.ndarray, full: np.ndarray, trio: Trio) -> Ite
         )
 
 
-def _seed_rows(study: Study, ids: np.ndarray, full: np.ndarray, trios: dict[int | str, Trio]) -> Iterator[dict]:
-    """What only several seeds can tell: noise of the baseline, how often an example recurs, what is never learnt."""
-    seeds = [seed for seed in trios if seed not in ("union", "intersection")]
+def _seed_rows(
+    study: Study, ids: np.ndarray, full: np.ndarray, trios: dict[int | str, Trio], own: dict[str, list[int]]
+) -> Iterator[dict]:
+    """What only several seeds can tell: noise of the baseline, how often an example recurs, what is never learnt.
+
+    own: the seeds of T, B and S in the trios; a model with one seed stands in all of them, and has none of these rows.
+    """
+    seeds = [seed for seed in trios if seed not in OVER_SEEDS]
     if len(seeds) < 2:
         return
-    for seed, following in zip(seeds, [*seeds[1:], seeds[0]], strict=True):
+    for i, (seed, following) in enumerate(zip(seeds, [*seeds[1:], seeds[0]], strict=True)):
+        if own["B"][i] == own["B"][(i + 1) % len(seeds)]:
+            continue
         alone = totals(trios[seed])["T not B"]
         noise, inherited = trios[following]["B"] & alone, trios[seed]["S"] & alone
         yield {"measure": "seed_noise_rate", "region": "T&B2 not B", "seed": seed} | counted(study, ids, noise, alone)
@@ -190,21 +207,24 @@ def _seed_rows(study: Study, ids: np.ndarray, full: np.ndarray, trios: dict[int 
             at = {"measure": "inherited_less_noise", "region": "T not B", "seed": seed}
             count = {"count": int((inherited ^ noise).sum()), "denominator": int(alone.sum())}
             yield at | count | told(gap) | {"p_value": gap.p}
-    for name in "TBS":
+    several = [name for name in "TBS" if len(set(own[name])) > 1]
+    for name in several:
         times = np.sum([trios[seed][name] for seed in seeds], axis=0)
         for k in range(1, len(seeds) + 1):
             at = {"measure": "recurrence", "region": f"{name} in {k} of {len(seeds)}", "seed": "all"}
             yield at | counted(study, ids, times == k, full)
-    core, ever = trios["intersection"]["B"], trios["union"]["S"]
-    at = {"measure": "forgotten_core", "region": "B always, S never", "seed": "all"}
-    yield at | counted(study, ids, core & ~ever, core)
+    if {"B", "S"} <= set(several):
+        core, ever = trios["intersection"]["B"], trios["union"]["S"]
+        at = {"measure": "forgotten_core", "region": "B always, S never", "seed": "all"}
+        yield at | counted(study, ids, core & ~ever, core)
 
 
 # --- teacher-conditioned transfer ------------------------------------------------------------------------------------
 
 
-def _transfer_rows(study: Study, memorized: Memorized, head: dict, prefix: str) -> Iterator[dict]:
+def _transfer_rows(study: Study, memorized: Memorized, head: dict) -> Iterator[dict]:
     cut, run = memorized.main, head["student"]
+    prefix = prefix_of(study, head["teacher"], run)
     for seed in study.seeds(run):
         at = head | {"measure": f"{prefix}transfer@{cut}", "seed": seed}
         try:

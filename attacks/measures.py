@@ -13,7 +13,7 @@ import numpy as np
 
 from attacks.agreement import exact_interval
 from attacks.effects import Effect, combine, mean_of, share
-from attacks.statistics import Interval
+from attacks.statistics import Difference, Interval
 from attacks.study import CANARIES, Study, Unresolved
 
 GAPS = {"private-heldout": ("private", "heldout"), CANARIES: tuple(CANARIES.split("-"))}
@@ -133,7 +133,7 @@ def _effect(sample: Sample) -> Effect:
     return mean_of(np.where(sample.among, sample.values, 0.0).astype(float), sample.among)
 
 
-def told(found: Interval) -> dict:
+def told(found: Interval | Difference) -> dict:
     """Columns of an interval; an end that is not known is empty."""
-    low, high = (end if np.isfinite(end) else None for end in found[1:])
-    return {"value": found.value, "ci_low": low, "ci_high": high}
+    low, high = (float(end) if np.isfinite(end) else None for end in (found.low, found.high))
+    return {"value": float(found.value), "ci_low": low, "ci_high": high}

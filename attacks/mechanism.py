@@ -26,8 +26,8 @@ import pandas as pd
 from attacks.cuts import Extraction, Memorized
 from attacks.effects import Effect, combine, mean_of
 from attacks.inheritance import sets, taught
-from attacks.measures import Sample, blocks, estimate
-from attacks.overlap import BASELINE, beside, kept, missing, told, whole
+from attacks.measures import Sample, blocks, estimate, told
+from attacks.overlap import BASELINE, beside, kept, missing, whole
 from attacks.signals import segment_mean
 from attacks.study import Study, Unresolved
 from attacks.tables import SEGMENTS, Tokens
@@ -36,7 +36,7 @@ COLUMNS = "student model technique setting group measure role value ci_low ci_hi
 ROLES = ("private", "heldout")
 DIVERGENCES = {"kl_teacher_student": "kl_ab", "kl_student_teacher": "kl_ba"}
 MOST_POINTS = 4000  # rows of the table for the figure, all models together
-SAME_BUT_T = ("teacher", "setting", "technique", "init", "recipe", "train_roles", "n_params", "excluded")
+SAME_BUT_T = ("teacher", "setting", "technique", "init", "recipe", "train_roles", "n_params", "exclude")
 
 
 def rows(study: Study, memorized: Memorized) -> list[dict]:
@@ -150,9 +150,9 @@ def points(study: Study, memorized: Memorized) -> pd.DataFrame:
         for seed, trio in list(trios.items())[:1]:
             chosen = _thinned(trio.groups, MOST_POINTS // (3 * len(couples)))
             for model, found in trio.found.items():
-                told = {"student": student, "model": model, "seed": seed, "example_id": found.ids[chosen]}
+                at = {"student": student, "model": model, "seed": seed, "example_id": found.ids[chosen]}
                 values = {name: value[chosen] for name, value in _measures(found).items()}
-                frames.append(pd.DataFrame(told | {"group": trio.groups[chosen]} | values))
+                frames.append(pd.DataFrame(at | {"group": trio.groups[chosen]} | values))
     return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
 
@@ -223,19 +223,28 @@ def _by_role(study: Study, block: list[tuple], name: str) -> Iterator[tuple[str,
 def temperatures(study: Study) -> list[dict[float, str]]:
     """Students that differ in the temperature of distillation alone: by T, in rising order; two or more of them.
 
-    Either both temperatures are T, or the student's alone is T and the teacher's 1.
+    Either both temperatures are T, or the student's alone is T and the teacher's 1.  Of two students alike in all this,
+    T as well, the first stands in the series; a note says so.
     """
     found: dict[tuple, dict[float, str]] = {}
+    again: list[tuple[dict[float, str], float, str]] = []
     for run in study.students:
-        told = study.provenance(run)
-        if told.get("objective") is None:
+        about = study.provenance(run)
+        if about.get("objective") is None:
             continue
-        rest = dict(told["objective"])  # of what is at its default nothing is listed
+        rest = dict(about["objective"])  # of what is at its default nothing is listed
         T, of_teacher = float(rest.pop("student_T", 1.0)), float(rest.pop("teacher_T", 1.0))
-        alike = json.dumps([{key: told.get(key) for key in SAME_BUT_T}, rest], sort_keys=True)
+        alike = json.dumps([{key: about.get(key) for key in SAME_BUT_T}, rest], sort_keys=True)
         for form, fits in (("both", of_teacher == T), ("student", of_teacher == 1.0)):
             if fits:
-                found.setdefault((alike, form), {})[T] = run
+                series = found.setdefault((alike, form), {})
+                if T in series:
+                    again.append((series, T, run))
+                else:
+                    series[T] = run
+    for series, T, run in again:
+        if len(series) > 1:
+            study.note(f"{run} is trained as {series[T]} is, at the same temperature: left out of the series over T.")
     ordered = [dict(sorted(series.items())) for series in found.values() if len(series) > 1]
     return [series for i, series in enumerate(ordered) if series not in ordered[:i]]
 

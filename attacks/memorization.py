@@ -18,6 +18,8 @@ and the rows of attacks/near_verbatim.py, attacks/coverage.py and attacks/extrac
 
 Tasks: `all`, a task of the data, `repeats=<r>`, `placement=<p>`, `placement=<p>,repeats=<r>`, `length>=<k>` and
 `length<<k>`; all but `all` at the main cut alone.  Canaries have one length: they count in every window with a token.
+A placement says in whose data a canary lies, `teacher_only student_only both`.  Of a student that is trained on the
+private records as its teacher is, all that lies there has `both`, and what lies in the public ones `neither`.
 """
 
 from collections.abc import Callable, Iterator
@@ -218,6 +220,7 @@ def _canary_rows(study: Study, run: str, cut: Cut, found: dict[int, Extraction],
         return
     placement, inside = drawn["placement"].to_numpy(str), drawn["coin"].to_numpy() == 1
     groups = {"all": np.isin(placement, study.carried(run))}
+    placement = _met(study, run, placement)
     if strata:
         times = repeats_of(study, first.ids)
         for name in sorted(set(placement) - {"none"}):
@@ -236,3 +239,13 @@ def _canary_rows(study: Study, run: str, cut: Cut, found: dict[int, Extraction],
                 for role in GAPS[CANARIES]
             }
             yield from measure_rows(study, run, name, of, task)
+
+
+def _met(study: Study, run: str, placement: np.ndarray) -> np.ndarray:
+    """Placements were named for students of public data: of others, who met the canaries [n]."""
+    told = study.provenance(run)
+    roles = told.get("train_roles") or ()
+    if not told.get("teacher") or "private" not in roles:
+        return placement
+    placement = np.where(placement == "teacher_only", "both", placement)
+    return placement if "public" in roles else np.where(placement == "student_only", "neither", placement)

@@ -1,7 +1,8 @@
 """How close what a model really generates comes to the true continuation; rows of memorization.csv.
 
-Read are the tables of continuations (`tables.read_continued`): an even sample of every role.  All is on token ids, an
-EOS being one of them; only examples with a whole suffix count, except in the measures over positions.
+Read are the tables of continuations (`tables.read_continued`): an even sample of every role, and near ties besides,
+which count in `near_tie_recheck` alone.  All is on token ids, an EOS being one of them; only examples with a whole
+suffix count, except in the measures over positions.
 
   greedy_recheck@..    share of the one-pass verdicts that generation confirms; `near_tie_recheck@..`: of the close ones
   generated_matched@.. mean of leading tokens right
@@ -61,7 +62,7 @@ def _samples(memorized: Memorized, key: tuple[str, int, str], continued: pd.Data
     found: dict[str, Sample] = {}
     for cut in memorized.cuts:
         found |= _recheck(memorized.one_pass(*key, cut), continued)
-    drawn = continued[continued["drawn"].to_numpy(bool)] if "drawn" in continued else continued
+    drawn = continued[continued["drawn"].to_numpy(bool)]
     for prefix in dict.fromkeys(cut.prefix for cut in memorized.cuts):
         after = next(cut for cut in memorized.cuts if cut.prefix == prefix)
         base = memorized.one_pass(*key, after)
@@ -80,8 +81,9 @@ def _recheck(passed: Extraction, continued: pd.DataFrame) -> dict[str, Sample]:
     matched, known = generated_match(passed, continued)
     agree = (matched == passed.window) == passed.extracted
     full = known & passed.full
+    even = continued[continued["drawn"].to_numpy(bool) & (continued.prefix == passed.cut.prefix)]
     return {
-        f"greedy_recheck@{passed.cut}": Sample(passed.ids, agree, full),
+        f"greedy_recheck@{passed.cut}": Sample(passed.ids, agree, full & np.isin(passed.ids, even.example_id)),
         f"near_tie_recheck@{passed.cut}": Sample(passed.ids, agree, full & passed.near_tie),
     }
 

@@ -10,10 +10,11 @@ import numpy as np
 
 from attacks.cuts import Cut, Extraction, Memorized
 from attacks.effects import combine, mean_of, paired, share, units, within
-from attacks.statistics import Difference, Interval
+from attacks.measures import told
 from attacks.study import Study, Unresolved
 
 BASELINE = "direct"
+COINCIDENCE = "coincidence_"
 
 
 def missing(memorized: Memorized) -> str | None:
@@ -57,13 +58,21 @@ def whole(found: Extraction) -> np.ndarray:
     return found.full
 
 
+def prefix_of(study: Study, *runs: str) -> str:
+    """`coincidence_` for models of which one was not trained on private records itself, else nothing."""
+    told = [study.provenance(run) for run in runs]
+    trained = all("private" in (t.get("train_roles") or ()) and t.get("setting") != "disjoint" for t in told)
+    return "" if trained else COINCIDENCE
+
+
 # --- overlap ---------------------------------------------------------------------------------------------------------
 
 
-def overlap_rows(study: Study, memorized: Memorized, head: dict, runs: list[str], prefix: str) -> Iterator[dict]:
+def overlap_rows(study: Study, memorized: Memorized, head: dict, runs: list[str]) -> Iterator[dict]:
     """Jaccard index and containment at the main cut: between seeds of every run, and between all pairs of runs.
 
     region `a & b`: count in both, denominator in either.  region `a in b`: count in both, denominator in a.
+    `coincidence_` goes by what these two were trained on, not by the students that they stand beside.
     """
     cut = memorized.main
     found: dict[tuple[str, int], Extraction] = {}
@@ -74,10 +83,12 @@ def overlap_rows(study: Study, memorized: Memorized, head: dict, runs: list[str]
             except Unresolved:
                 continue  # the rows of regions say why
     for run in runs:
+        prefix = prefix_of(study, run)
         own = [(f"{run}/seed{seed}", found[run, seed]) for seed in study.seeds(run) if (run, seed) in found]
         for a, b in combinations(own, 2):
             yield from _overlap(study, head | {"seed": "all"}, a, b, prefix, cut)
     for a, b in combinations(runs, 2):
+        prefix = prefix_of(study, a, b)
         for seed in dict.fromkeys([*study.seeds(a), *study.seeds(b)]):
             both = [(run, study.match(run, seed)) for run in (a, b)]
             if all(key in found for key in both):
@@ -103,11 +114,6 @@ def counted(study: Study, ids: np.ndarray, hits: np.ndarray, among: np.ndarray) 
     """Columns of a share: count, denominator, value and interval; no value where the denominator is 0."""
     row = {"count": int((hits & among).sum()), "denominator": int(among.sum())}
     return row | (told(share(study, ids, hits, among)) if row["denominator"] else {})
-
-
-def told(found: Interval | Difference) -> dict:
-    """Columns of an interval."""
-    return {"value": float(found.value), "ci_low": float(found.low), "ci_high": float(found.high)}
 
 
 # --- techniques ------------------------------------------------------------------------------------------------------

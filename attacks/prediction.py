@@ -13,8 +13,8 @@ prediction.csv has, for every student and seed, at the main cut:
   other_student:<run> the same of another student
   filter              see `attacks/filtering.py`
 
-The first four need the labels that they predict.  The last three are what can be known before: the example's own label
-plays no part, and with a seed or a student that was distilled earlier nothing of the new one does.
+All but `other_seed` and `other_student` need labels of the student that they predict (`halves` not the example's own
+but others'): only those two could be told before a distillation, from one that was done earlier.
 features: `paper` (zlib_bytes, teacher_ppl, baseline_ppl, kl), `teacher_only` (the first two), `extended`, or one alone.
 
   auc precision recall flagged   at log-odds 0; flagged: the share of examples that are
@@ -42,6 +42,7 @@ from attacks.cuts import Memorized
 from attacks.effects import share
 from attacks.features import PAPER, RISK, Candidates, candidates, sets
 from attacks.filtering import filter_rows, write_filter
+from attacks.measures import told
 from attacks.statistics import Interval, SeedMean, difference, logit_interval, over_seeds
 from attacks.study import Study, Unresolved
 
@@ -115,7 +116,7 @@ def _student_rows(study: Study, run: str, own: dict[int, Candidates], earlier: d
     for seed, found in own.items():
         prior = share(study, found.ids, found.memorized, np.ones(len(found.ids), bool))
         at = {"features": "-", "protocol": "natural_prior", "measure": "memorized", "seed": seed, "n": len(found.ids)}
-        yield head | at | _told(prior)
+        yield head | at | told(prior)
         try:
             tables[seed] = _table(study, found, earlier[seed])
         except TooFew as why:
@@ -123,31 +124,27 @@ def _student_rows(study: Study, run: str, own: dict[int, Candidates], earlier: d
     for seed, table in tables.items():
         n = int(own[seed].memorized.sum())
         for key, measured in table.items():
-            yield head | _named(key) | {"seed": seed, "n": n} | _told(_interval(key, [measured], n))
+            yield head | _named(key) | {"seed": seed, "n": n} | told(_interval(key, [measured], n))
     if 1 < len(tables) == len(own):
         n = min(int(found.memorized.sum()) for found in own.values())
         for key in tables[next(iter(tables))]:
             if all(key in table for table in tables.values()) and not key[1].endswith(OVER):
                 measured = [table[key] for table in tables.values()]
-                yield head | _named(key) | {"seed": "all", "n": n} | _told(_interval(key, measured, n))
+                yield head | _named(key) | {"seed": "all", "n": n} | told(_interval(key, measured, n))
 
 
 def _named(key: tuple[str, str, str]) -> dict:
     return dict(zip(("features", "protocol", "measure"), key, strict=True))
 
 
-def _told(found: Interval) -> dict:
-    return {"value": found.value, "ci_low": found.low, "ci_high": found.high}
-
-
 def _interval(key: tuple[str, str, str], each: list[Measured], n: int) -> Interval:
     """Over examples, and with several seeds over them too; over trials, the middle of them. n: memorized examples."""
     values, draws = [m.value for m in each], np.mean([m.draws for m in each], axis=0)
-    draws = draws[np.isfinite(draws)]
+    made, draws = len(draws), draws[np.isfinite(draws)]
     if key[1].endswith(OVER):
         return Interval(values[0], *np.quantile(draws, [0.025, 0.975]).tolist())
-    if not np.isfinite(values).all() or len(draws) < 2:
-        return Interval(float(np.mean(values)), np.nan, np.nan)
+    if not np.isfinite(values).all() or len(draws) < max(2, 0.8 * made):
+        return Interval(float(np.mean(values)), np.nan, np.nan)  # resamples that lack a class tell nothing of its size
     noise = float(np.mean([m.noise for m in each])) / len(each)
     within, df = max(float(draws.var(ddof=1)) - noise, 0.0), np.inf
     mean = over_seeds(values, within) if len(each) > 1 else SeedMean(values[0], float(np.sqrt(within)), df)
@@ -244,7 +241,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m attacks.prediction", description=filtering.__doc__.split("\n")[0])
     parser.add_argument("scores_dir", type=Path, help="folder with <run>/seed<k>/plain/<role>-*.parquet and text/")
     parser.add_argument("--student", required=True, help="run whose memorized examples are predicted, students/kd")
-    parser.add_argument("--out", type=Path, required=True, help="folder for <student with dots>.parquet")
+    parser.add_argument("--out", type=Path, required=True, help="folder for list.parquet")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     given = parser.parse_args()
     try:

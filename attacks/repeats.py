@@ -11,8 +11,8 @@ from attacks.cuts import Memorized
 from attacks.disagreement import correlation, interval
 from attacks.effects import slope_of, slope_of_share, units
 from attacks.exposure import exposure_rows
-from attacks.measures import blocks
-from attacks.overlap import kept, matched_share, told
+from attacks.measures import blocks, told
+from attacks.overlap import kept, matched_share
 from attacks.statistics import SeedMean, difference, over_seeds
 from attacks.study import Study, Unresolved
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 IDENTITY = ("example_id", "role", "task")
 SEGMENTS = {"response": 1, "eos": 2}
 OTHER_FOLDERS = ("plain", "generated", "continued", "pair")  # beside the variants: plain tables, and no score tables
-CONTINUED = ("example_id", "decoding", "prefix", "suffix", "target_ids", "generated_ids")
+CONTINUED = ("example_id", "decoding", "prefix", "suffix", "target_ids", "generated_ids", "drawn")
 T = TypeVar("T")
 
 
@@ -201,7 +201,7 @@ def read_splits(scores_dir: str | Path) -> pd.DataFrame | None:
 def read_continued(table: ScoreTable, role: str) -> pd.DataFrame | None:
     """What a run generated after prefixes of one role's records, one row per example, decoding and cut; None without.
 
-    Columns example_id, decoding, prefix, suffix, target_ids, generated_ids (lists of token ids).
+    Columns example_id, decoding, prefix, suffix, target_ids, generated_ids (lists of token ids), drawn (bool).
     Raises TableError on missing columns, doubled rows, another run's table, and one that is not finished.
     """
     folder = table.folder / "continued"

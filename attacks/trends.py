@@ -12,10 +12,12 @@ claims.csv, at the main cut (after an `@`), per seed and over seeds; `value` is 
                `;untrained`, `;untrained_canary`, models that never were
   temperature  students that differ in the temperature alone: model_a less model_b for neighbours in T (McNemar), and
                `extracted_by_temperature`, fall of the share per unit of T from the first model to the last; p-value
-               from shuffling the temperatures within each example (whole groups alike)
+               from shuffling the temperatures within each example (whole groups alike); `..._gap`: less that fall on
+               heldout records, where it is of predictable text
 
 `p_corrected`: Holm over all rows of one claim, setting and seed, controls apart.  verdict: `yes` where p_corrected <
-0.05 and the value is positive, `no` where it is negative, else `not resolved`.
+0.05 and the value is positive, `no` where it is negative, else `not resolved`.  With one seed it is a verdict about the
+models that were trained, not about how they were.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,9 +27,9 @@ import numpy as np
 from attacks.cuts import Extraction, Memorized
 from attacks.effects import Effect, combine, mean_of, paired, slope_of_share, units, within
 from attacks.inheritance import taught
-from attacks.measures import blocks
+from attacks.measures import blocks, told
 from attacks.mechanism import swept, temperatures
-from attacks.overlap import BASELINE, beside, kept, matched_share, missing, told, whole
+from attacks.overlap import BASELINE, beside, kept, matched_share, missing, whole
 from attacks.repeats import EXPOSURE, repeats_rows
 from attacks.statistics import Difference, correct
 from attacks.study import Study, Unresolved
@@ -158,13 +160,18 @@ def _temperature_rows(study: Study, memorized: Memorized) -> Iterator[dict]:
     for series in temperatures(study):
         runs, T = list(series.values()), np.array(list(series))
         at = {"setting": study.head(runs[0])["setting"]}
+        both = {role: swept(study, memorized, series, role) for role in ("private", "heldout")}
         for role, control in (("private", ""), ("heldout", ";heldout")):
-            found, reasons = swept(study, memorized, series, role)
+            found, reasons = both[role]
             for reason in dict.fromkeys(reasons) if role == "private" else ():
                 yield at | {"model_a": runs[0], "measure": "extracted_by_temperature", "seed": "all", "reason": reason}
             for seed, block in _blocks(found).items():
                 for row in _sweep_rows(study, block, runs, T):
                     yield at | row | {"measure": row["measure"] + control, "seed": seed}
+        of_private, of_heldout = (_blocks(found) for found, _ in both.values())
+        for seed in (seed for seed in of_private if seed in of_heldout):
+            row = _fall_beyond(study, of_private[seed], of_heldout[seed], T)
+            yield at | {"model_a": runs[0], "model_b": runs[-1], "seed": seed} | row
 
 
 def _sweep_rows(study: Study, block: list[list[Extraction]], runs: list[str], T: np.ndarray) -> Iterator[dict]:
@@ -183,6 +190,21 @@ def _sweep_rows(study: Study, block: list[list[Extraction]], runs: list[str], T:
     p = fall.p if len(block) > 1 else shuffled(shares[0][full], T, _codes(study, ids[full]), study.settings["seed"])
     at = {"model_a": runs[0], "model_b": runs[-1], "measure": "extracted_by_temperature"}
     yield at | {"n": n, "p_value": p} | told(fall)
+
+
+def _fall_beyond(study: Study, private: list[list[Extraction]], heldout: list[list[Extraction]], T: np.ndarray) -> dict:
+    """The fall by T of the share extracted of private records less that of heldout ones."""
+    effects = []
+    for each, others in zip(private, heldout, strict=True):
+        hits = np.concatenate([np.stack([kept(found) for found in side], axis=1) for side in (each, others)])
+        full = np.concatenate([each[0].full, others[0].full])
+        member = np.arange(len(full)) < len(each[0].ids)
+        effects.append(falling(hits, T, member & full).minus(falling(hits, T, ~member & full)))
+    ids = np.concatenate([private[0][0].ids, heldout[0][0].ids])
+    steepest = 3 / np.ptp(T)  # twice that of one share, see slope_of_share
+    gap = within(combine(effects, study.clusters(ids)), -steepest, steepest, units(study, ids, full))
+    name = {"measure": "extracted_by_temperature_gap", "n": int(private[0][0].full.sum())}
+    return name | {"p_value": gap.p} | told(gap)
 
 
 def _codes(study: Study, ids: np.ndarray) -> np.ndarray:
@@ -226,7 +248,10 @@ HEADLINES = {  # the exact share first, then what is finer than it
         "extracted_by_repeats;canary": "whole canaries, per doubling",
         EXPOSURE: "exposure of canaries, rank correlation",
     },
-    TEMPERATURE: {"extracted_by_temperature": "verbatim, per unit of T"},
+    TEMPERATURE: {
+        "extracted_by_temperature": "verbatim, per unit of T",
+        "extracted_by_temperature_gap": "the same beyond that of heldout records",
+    },
 }
 FEW = 4  # models up to which a sentence has their numbers
 
@@ -234,7 +259,7 @@ FEW = 4  # models up to which a sentence has their numbers
 def claim_words(rows: list[dict]) -> list[str]:
     """One sentence a claim and setting: what held, what did not and what stays open.
 
-    Of each pair of models over all seeds where there are several, else of its one seed.
+    Of each pair of models over all seeds where there are several, else of its one seed; and of how many texts.
     """
     said = []
     for claim, words in WORDS.items():
@@ -269,7 +294,18 @@ def _answers(rows: list[dict], name: str) -> str:
     for row in rows:
         by_verdict.setdefault(row["verdict"], []).append(_one(row, len(rows) <= FEW))
     found = [f"{verdict} for {', '.join(by_verdict[verdict])}" for verdict in VERDICTS if verdict in by_verdict]
-    return f"{name}: {'; '.join(found)}" if found else ""
+    return f"{name}: {'; '.join(found)} ({_sizes(rows, 'canaries' if 'canar' in name else 'texts')})" if found else ""
+
+
+def _sizes(rows: list[dict], noun: str) -> str:
+    """`300 texts, seed 0`: of what the verdicts are; the least and the most where rows differ."""
+    n = sorted({int(float(row["n"])) for row in rows})
+    seeds = sorted({str(row["seed"]) for row in rows} - {"all"})
+    alone = f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}" if seeds else ""
+    joint = "all seeds together" if any(row["seed"] == "all" for row in rows) else ""
+    return ", ".join(
+        filter(None, [f"{' to '.join(f'{k:,}' for k in dict.fromkeys((n[0], n[-1])))} {noun}", alone, joint])
+    )
 
 
 def _one(row: dict, numbers: bool) -> str:
@@ -277,6 +313,8 @@ def _one(row: dict, numbers: bool) -> str:
     if not numbers:
         return models
     ranks = row["measure"].startswith("spearman")
-    value, low, high = ((1 if ranks else 100) * float(row[key]) for key in ("value", "ci_low", "ci_high"))
+    ends = [row[key] for key in ("value", "ci_low", "ci_high")]
+    value, low, high = ((1 if ranks else 100) * (np.nan if end is None else float(end)) for end in ends)
     unit = "" if ranks else " points"
-    return f"{models} ({value:+.2f}{unit} [{low:.2f}, {high:.2f}], p = {float(row['p_corrected']):.2g})"
+    interval = f"[{low:.2f}, {high:.2f}]" if np.isfinite([low, high]).all() else "[no interval]"
+    return f"{models} ({value:+.2f}{unit} {interval}, p = {float(row['p_corrected']):.2g})"

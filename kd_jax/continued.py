@@ -3,7 +3,7 @@
 scores/<run>/seed<k>/continued/<role>-NNNNN.parquet, one row per example, decoding and cut:
 example_id, role, task, decoding, prefix, suffix (tokens given and compared), target_ids (the true ones, EOS included
 where it falls among them), generated_ids (as many at most), ended (EOS among them), near_ties (of the generation:
-choices closer than rounding).
+choices closer than rounding), drawn (bool: chosen by hash; false: for its near tie alone).
 
 Prefixes are cut in token space and never tokenised again. Continued are some examples of each role by seeded hash, and
 all whose verdict from the one scoring pass hangs on a lead that another program may turn around.
@@ -159,6 +159,7 @@ def continue_role(
     """
     scored = _read_scored(plain, role)
     close = {a: near_ties(scored, encoded, a, max(spec.suffixes(a))) for a in spec.prefixes}
+    drawn = {a: choose(encoded, a, spec) for a in spec.prefixes}
     chosen = {a: choose(encoded, a, spec, close[a]) for a in spec.prefixes}
     rows = np.flatnonzero(np.any(list(chosen.values()), axis=0))
     bar.total += len(rows)
@@ -172,7 +173,8 @@ def continue_role(
                 samples = generated(
                     model, encoded, own, prefix, suffixes[-1], decoding, vocab=vocab, eos_id=eos_id, mesh=mesh
                 )
-                parts += [table(encoded, own, role, decoding, (prefix, k), samples) for k in suffixes]
+                even = drawn[prefix][own]
+                parts += [table(encoded, own, role, decoding, (prefix, k), samples, even) for k in suffixes]
         bar.update(len(indices))
         return pa.concat_tables(parts)
 
@@ -207,9 +209,18 @@ def generated(
 
 
 def table(
-    encoded: Encoded, examples: np.ndarray, role: str, decoding: str, cut: tuple[int, int], samples: generate.Samples
+    encoded: Encoded,
+    examples: np.ndarray,
+    role: str,
+    decoding: str,
+    cut: tuple[int, int],
+    samples: generate.Samples,
+    drawn: np.ndarray,
 ) -> pa.Table:
-    """One row per example: the first `cut[1]` tokens that were generated after `cut[0]`, beside the true ones."""
+    """One row per example: the first `cut[1]` tokens that were generated after `cut[0]`, beside the true ones.
+
+    drawn: which of the examples were chosen by hash, bool [n].
+    """
     (prefix, suffix), n = cut, len(examples)
     ends = encoded.offsets[examples + 1]
     starts = ends - _tails(encoded)[examples] + prefix
@@ -229,6 +240,7 @@ def table(
         "generated_ids": _lists(made, samples.tokens[inside]),
         "ended": pa.array(samples.ended & (samples.lengths <= suffix)),
         "near_ties": pa.array(samples.near_ties, pa.int32()),
+        "drawn": pa.array(drawn, pa.bool_()),
     }
     return pa.table(columns)
 

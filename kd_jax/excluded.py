@@ -1,7 +1,8 @@
 """Records that training leaves out: ids from a file, for all runs, or from the list that a filter wrote for some.
 
-A list is `workdir/filter/<run with dots>.parquet`: example_id and one bool column for every form of the filter.  It
-says which records the named run is likely to memorize; a run with `exclude="<form>:<run>"` is trained without those.
+A list is `workdir/filter/<run with dots>/list.parquet`: example_id and one bool column for every form of the filter.
+It says which records the named run is likely to memorize; a run with `exclude="<form>:<run>"` is trained without those.
+The manifest beside it says which models it was made from.
 """
 
 from __future__ import annotations
@@ -44,12 +45,7 @@ def check(config: ConfigDict, runs: Mapping[str, Run]) -> None:
 
 def list_of(workdir: Path, name: str) -> Path:
     """Where the list for a run is, or will be."""
-    return workdir / "filter" / f"{name.replace('/', '.')}.parquet"
-
-
-def waits(workdir: Path, run: Run) -> bool:
-    """Is the list not there yet that this run needs?"""
-    return bool(run.exclude) and not list_of(workdir, run.excluded_of).exists()
+    return workdir / "filter" / name.replace("/", ".") / "list.parquet"
 
 
 def of_run(workdir: Path, run: Run, known: Collection[str]) -> frozenset[str]:

@@ -13,7 +13,6 @@ from ml_collections import ConfigDict
 from kd_jax import excluded, foreign, hf, manifest, processes, storage
 from kd_jax.distill.objective import Objective
 from kd_jax.errors import ConfigError
-from kd_jax.graph import Run
 from kd_jax.study import (
     Study,
     code_version,
@@ -46,9 +45,8 @@ def write_lists(study: Study, write: Callable[[Path, Path, dict], dict]) -> None
     Raises StaleWork where a list was made from other models, FileNotFoundError where one of them is not trained yet.
     """
     for name in excluded.sources(study.runs):
-        target, inputs = excluded.list_of(study.workdir, name), _list_inputs(study, study.runs[name])
-        folder = target.with_suffix("")
-        if processes.agree(manifest.finished(folder, inputs, f"the list for {name}")):
+        folder, inputs = excluded.list_of(study.workdir, name).parent, study.list_inputs(name)
+        if processes.agree(study.has_list(name)):
             log.info("filter for %s: written before", name)
             continue
         seed, cuts = study.runs[name].seeds[0], [tuple(cut) for cut in study.config.memorization.cuts]
@@ -56,27 +54,15 @@ def write_lists(study: Study, write: Callable[[Path, Path, dict], dict]) -> None
         counts: dict = {}
 
         def make() -> None:
+            storage.rmtree(folder)  # noqa: B023  what a start left that died before the manifest
             scores = storage.local_copy(study.workdir / "scores")
-            with scores as source, storage.local_copy(target.parent, write=True) as place:  # noqa: B023
+            with scores as source, storage.local_copy(folder, write=True) as place:  # noqa: B023
                 counts.update(write(source, place, settings))  # noqa: B023
 
         processes.once(make, f"list for {name}")
         if processes.agree(bool(counts)):
             manifest.write(folder, inputs, counts)
             log.info("filter for %s: %s", name, ", ".join(f"{number} {what}" for what, number in counts.items()))
-
-
-def _list_inputs(study: Study, run: Run) -> dict:
-    """What decides a list: the models whose scores it is made from, the records, and the cut."""
-    seed, models = run.seeds[0], {}
-    for name in (run.name, run.teacher, excluded.BASELINE):
-        other = study.runs[name]
-        found = manifest.read(study.folder(other, other.seed_for(seed)))
-        if found is None:
-            raise FileNotFoundError(f"the filter for {run.name} needs {name}, which is not trained yet")
-        models[name] = found["facts"]["params_fingerprint"]
-    cuts = study.config.memorization.cuts
-    return dict(models=models, cuts=cuts, seed=study.config.seed, **study.data.fingerprints())
 
 
 def audit_settings(study: Study) -> dict:
@@ -93,6 +79,7 @@ def audit_settings(study: Study) -> dict:
         bootstrap=config.attack.bootstrap,
         tasks=True,
         cuts=[list(cut) for cut in config.memorization.cuts],
+        filtered={name: run.exclude for name, run in study.runs.items() if run.exclude},
         unit="record",
         data=study.data.counts,
         versions=versions(),

@@ -219,7 +219,7 @@ def _fit(study: Study, run: Run, seed: int, recipe: train.Recipe, objective: Obj
         step=done.step,
         dev=done.dev,
         examples=len(encoded),
-        excluded=_number_excluded(study, run),
+        **_facts_excluded(study, run),
         response_tokens=int(from_data.tokens.sum()),
         sources={str(k): int(v) for k, v in from_data.groupby(_source_label(from_data)).tokens.sum().items()},
         fidelity=objective.fidelity,
@@ -340,13 +340,14 @@ def _without(study: Study, run: Run, encoded: Encoded) -> Encoded:
     return encoded.take(np.flatnonzero(keep))
 
 
-def _number_excluded(study: Study, run: Run) -> int:
-    """Different examples of a run's roles that it is not trained on."""
+def _facts_excluded(study: Study, run: Run) -> dict:
+    """Different examples of a run's roles that it is not trained on, and their share of the data, repeats counted."""
     ids = _left_out(study, run)
     if not ids:
-        return 0
+        return {"excluded": 0, "excluded_exposures": 0.0}
     encoded = study.data.of_run(run.train_roles)
-    return len(np.unique(encoded.example_id[excluded.inside(encoded.example_id, encoded.record_id, ids)]))
+    gone = excluded.inside(encoded.example_id, encoded.record_id, ids)
+    return {"excluded": len(np.unique(encoded.example_id[gone])), "excluded_exposures": float(gone.mean())}
 
 
 def _training_rows(

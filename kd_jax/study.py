@@ -68,12 +68,37 @@ class Study:
         """The nodes that need not wait for a list of records to leave out, neither themselves nor what they need."""
         waiting: set[str] = set()
         for run in self.runs.values():  # every run comes after those it needs
-            if excluded.waits(self.workdir, run) or waiting & set(run.needs):
+            if (run.exclude and not self.has_list(run.excluded_of)) or waiting & set(run.needs):
                 waiting.add(run.name)
         waiting = set(processes.agree(sorted(waiting)))
         for name in sorted(waiting & {run.name for run, _ in self.nodes}):
             log.info("%s: waits for the filter stage, which says what it leaves out", name)
         return [(run, seed) for run, seed in self.nodes if run.name not in waiting]
+
+    def has_list(self, name: str) -> bool:
+        """Is the list there of what a run is likely to memorize, made from the models as they are now?
+
+        Not where one of them is yet to be trained. Raises StaleWork where it was made from others.
+        """
+        place = excluded.list_of(self.workdir, name)
+        try:
+            return place.exists() and manifest.finished(place.parent, self.list_inputs(name), f"the list for {name}")
+        except FileNotFoundError:
+            return False
+
+    def list_inputs(self, name: str) -> dict:
+        """What decides the list for a run: the models whose scores it is made from, the records, and the cut.
+
+        Raises FileNotFoundError where one of the models is not trained yet.
+        """
+        seed, models = self.runs[name].seeds[0], {}
+        for other in (self.runs[n] for n in (name, self.runs[name].teacher, excluded.BASELINE)):
+            found = manifest.read(self.folder(other, other.seed_for(seed)))
+            if found is None:
+                raise FileNotFoundError(f"the filter for {name} needs {other.name}, which is not trained yet")
+            models[other.name] = found["facts"]["params_fingerprint"]
+        cuts = self.config.memorization.cuts
+        return dict(models=models, cuts=cuts, seed=self.config.seed, **self.data.fingerprints())
 
     def of(self, run: Run) -> Study:
         """This study as a run reads it: in the tokens of its own tokenizer, where that is another one."""

@@ -252,6 +252,7 @@ def _metadata(study: Study, run: Run, seed: int, model: Transformer, facts: dict
     if trained:
         provenance["objective"] = objective_of(study.config, run).distinctive()
         provenance["excluded"] = trained["facts"].get("excluded", 0)
+        provenance["excluded_exposures"] = trained["facts"].get("excluded_exposures")
         provenance["training"] = {k: trained["facts"][k] for k in TRAINING if k in trained["facts"]}
     elif run.name == study.config.attack.headline and foreign.elsewhere(study.config):
         provenance["training"] = {"warnings": [GIVEN_IDS if foreign.by_ids(study.config) else TRAINED_ELSEWHERE]}

@@ -129,29 +129,37 @@ def prediction_rows(models, seed):
         if setting == "-":
             continue
         at = {"student": student, "setting": setting, "seed": seed}
-        for protocol, drop in (("paper", 0), ("natural_prior", 0.03), ("halves", 0.06)):
-            for features in ("paper", "teacher_only", "zlib_bytes"):
+        protocols = {"paper": 0, "paper_over_trials": 0, "natural_prior": 0.03, "halves": 0.06}
+        for protocol, drop in protocols.items():
+            for features in ("paper", "teacher_only"):
                 for measure, value in (("auc", 0.97 - drop), ("precision", 0.8 - drop), ("recall", 0.7 - drop)):
-                    row = at | {"features": features, "protocol": protocol}
-                    rows.append(row | {"measure": measure} | told(value, 60))
-                    if protocol == "paper":
-                        narrow = {"value": value, "ci_low": value - 0.001, "ci_high": value + 0.001, "n": 60}
-                        rows.append(row | {"measure": f"{measure}_over_trials"} | narrow)
-        other = {"features": "paper", "protocol": "other_student", "measure": "auc@from=students/other"}
-        rows.append(at | other | told(0.88, 60))
-        rows.append(at | {"protocol": "natural_prior", "measure": "memorized"} | told(0.12, MEMBERS))
+                    row = at | {"features": features, "protocol": protocol, "measure": measure}
+                    narrow = {"value": value, "ci_low": value - 0.001, "ci_high": value + 0.001, "n": 60}
+                    rows.append(row | (narrow if protocol.endswith("_over_trials") else told(value, 60)))
+        others = {"other_student:students/other": 0.88, "matched_negatives": 0.86,
+                  "matched_negatives:zlib_bytes,teacher_ppl": 0.85}  # fmt: skip
+        for protocol, value in others.items():
+            rows.append(at | {"features": "paper", "protocol": protocol, "measure": "auc"} | told(value, 60))
+        alone = {"features": "zlib_bytes", "protocol": "natural_prior", "measure": "auc"}
+        rows.append(at | alone | told(0.9, 60))
+        prior = {"features": "-", "protocol": "natural_prior", "measure": "memorized"}
+        rows.append(at | prior | told(0.12, MEMBERS))
         for feature, value in FEATURES.items():
-            numbers = {"value": value, "ci_low": value - 0.5, "ci_high": value + 0.5, "n": 60}
-            rows.append(at | {"features": "paper", "protocol": "paper", "measure": f"coefficient:{feature}"} | numbers)
+            for protocol, half in (("paper", 0.5), ("paper_over_trials", 0.01)):
+                numbers = {"value": value, "ci_low": value - half, "ci_high": value + half, "n": 60}
+                row = {"features": "paper", "protocol": protocol, "measure": f"coefficient:{feature}"}
+                rows.append(at | row | numbers)
+            row = {"features": "paper", "protocol": "paper_over_trials", "measure": f"importance:{feature}"}
+            rows.append(at | row | {"value": 0.1, "ci_low": 0.09, "ci_high": 0.11, "n": 60})
         for features, after in (("predicted", 0.008), ("random", 0.037)):
             row = at | {"features": features, "protocol": "filter", "student": f"{student}_{features}"}
             for measure, value in (("memorized_before", 0.04), ("memorized_after", after), ("new", 0.004)):
                 rows.append(row | {"measure": f"{measure}@{CUT}"} | told(value, MEMBERS))
-                rows.append(row | {"measure": f"{measure}_count@{CUT}", "value": round(value * MEMBERS)})
             gap = {"value": after - 0.04, "ci_low": after - 0.06, "ci_high": after - 0.02, "n": MEMBERS}
             rows.append(row | {"measure": f"difference@{CUT}"} | gap)
             rows.append(row | {"measure": "removed", "value": 0.084, "n": MEMBERS})
             rows.append(row | {"measure": "removed_count", "value": 42})
+            rows.append(row | {"measure": "removed_exposures", "value": 0.31})
     return rows
 
 

@@ -74,9 +74,9 @@ class Planted:
         return self.put(pa.table(columns), run, seed, role, variant, **told)
 
     def continued_rows(
-        self, role: str, made: dict[str, list[int]], suffix: int, decoding: str = "greedy"
+        self, role: str, made: dict[str, list[int]], suffix: int, decoding: str = "greedy", close: tuple[str, ...] = ()
     ) -> list[dict]:
-        """Rows of a table of continuations; made: what was generated, by example id."""
+        """Rows of a table of continuations; made: what was generated, by example id; close: only for a near tie."""
         ids, ends = self.roles[role]["ids"].tolist(), np.cumsum(self.roles[role]["lengths"] + 1)
         rows = []
         for name, generated in made.items():
@@ -85,6 +85,7 @@ class Planted:
             target = self.roles[role]["targets"][start : min(start + suffix, end)].tolist()
             rows.append({"example_id": name, "role": role, "task": "all", "decoding": decoding, "prefix": 0})
             rows[-1] |= {"suffix": suffix, "target_ids": target, "generated_ids": generated, "ended": False}
+            rows[-1]["drawn"] = name not in close
         return rows
 
     def put(self, table: pa.Table, run: str, seed: int, role: str, variant: str, **told) -> Path:

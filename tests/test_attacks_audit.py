@@ -131,6 +131,24 @@ def test_too_few_non_members_is_said(experiment):
     assert empty == sum(u["metric"] in METRICS for u in summary["unresolved"])
 
 
+def test_equal_reasons_of_many_models_are_one_entry():
+    rows = [
+        {"model": run, "role": "canary", "task": "all", "measure": "extracted@k=10", "seed": seed, "reason": "short"}
+        for run in ("teacher", "direct")
+        for seed in (0, 1)
+    ]
+    rows += [{"model_a": "teacher", "model_b": "direct", "measure": "extracted", "seed": 0, "reason": "no seed"}]
+    rows += [{"student": "students/kd", "model": "teacher", "measure": "entropy", "role": "heldout", "reason": "short"}]
+    rows += [{"measure": "prediction", "reason": "no student"}, {"model": "null", "measure": "extracted", "value": 1}]
+    folded, *single = audit_module._reasons(rows)
+    assert folded == {
+        "model": "teacher, direct", "seed": "0, 1", "attack": "all", "role_pair": "canary", "task": "all",
+        "metric": "extracted@k=10", "reason": "short",
+    }  # fmt: skip
+    assert [each["model"] for each in single] == ["teacher", "students/kd", "all models"]
+    assert [each["role_pair"] for each in single] == ["all", "heldout", "all"] and single[1]["seed"] == "all"
+
+
 def test_headline_and_sentence(experiment):
     _, _, found, summary = experiment
     headline, kd = summary["headline"], leak(found, "students/kd")

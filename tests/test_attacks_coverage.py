@@ -50,9 +50,9 @@ def test_rows_of_a_study(tmp_path):
         world.save("teacher", 0, role, ids, np.full(len(ids), "all"), sizes, fields, variant="windows")
     rows = coverage_rows(world.study())
     at = {"model": "teacher", "task": "all", "seed": 0}
-    row = chosen(rows, **at, measure="coverage@p=0.1;k=40,t=1", role="private")
+    row = chosen(rows, **at, measure="coverage@p=0.1;k=40,t=1;window=20", role="private")
     assert row["value"] == pytest.approx(60 / 110) and row["n"] == 10  # texts; tokens 0 to 59 of 110
-    assert chosen(rows, **at, measure="coverage@p=0.5;k=40,t=1", role="private")["value"] == 0
-    assert chosen(rows, **at, measure="coverage@p=0.0001;k=40,t=1", role="heldout")["value"] == 0
-    assert chosen(rows, **at, measure="coverage@p=0.001;k=40,t=1", role="private-heldout")["ci_low"] > 0
+    assert chosen(rows, **at, measure="coverage@p=0.5;k=40,t=1;window=20", role="private")["value"] == 0
+    assert chosen(rows, **at, measure="coverage@p=0.0001;k=40,t=1;window=20", role="heldout")["value"] == 0
+    assert chosen(rows, **at, measure="coverage@p=0.001;k=40,t=1;window=20", role="private-heldout")["ci_low"] > 0
     assert not [row for row in rows if "reason" in row]

@@ -84,6 +84,22 @@ def test_misses_by_hand():
     assert at("auc_memorized")["value"] == pytest.approx(want.value) and at("auc_memorized")["ci_low"] < want.value
 
 
+def test_misses_of_groups_have_the_interval_of_groups():
+    """Twelve memorized members, all missed, are four records of three windows: 4 of 4, not 12 of 12."""
+    memorized, scores = np.arange(40) < 12, np.where(np.arange(40) < 12, -9.0, 1.0)
+    groups = {name: f"text-{i // 3}" for i, name in enumerate(ids_of("private", 40))}
+    found = [
+        row(
+            disagreement.rows(*one(memorized, np.arange(40.0), scores, np.arange(40.0), groups=each)),
+            measure="missed_at_fpr_0.05@k=10",
+            seed=0,
+        )
+        for each in (None, groups)
+    ]
+    assert [r["value"] for r in found] == [1, 1] and [r["n"] for r in found] == [12, 12]
+    assert [r["ci_low"] for r in found] == pytest.approx([0.025 ** (1 / 12), 0.025 ** (1 / 4)])
+
+
 def test_misses_cover_the_truth():
     """The threshold is resampled too: 3 of 10 memorized members lie above the true threshold of 5 %."""
     rng, covered, n = np.random.default_rng(3), 0, 200

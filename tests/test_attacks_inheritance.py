@@ -102,6 +102,19 @@ def test_union_intersection_noise_and_recurrence():
     assert control["count"] == 0 and control["ci_high"] == pytest.approx(1 - 0.025 ** (1 / 40))
 
 
+def test_a_model_with_one_seed_has_no_noise_and_does_not_recur():
+    """Teacher and baseline were trained once: of their seeds nothing is said, of the student's it is."""
+    rows = inheritance.rows(*planted(seeds_of([range(20)], [range(10)], [[0, 1, 12], [1, 12, 30]])))
+    names = {(r["measure"], r["region"]) for r in rows if "region" in r}
+    assert ("recurrence@k=10", "S in 2 of 2") in names
+    absent = ("seed_noise_rate", "inherited_less_noise", "forgotten_core")
+    assert not [
+        n for n in names if n[0].startswith(absent) or n[1].startswith(("T in 1", "T in 2", "B in 1", "B in 2"))
+    ]
+    over = {r["region"] for r in rows if r["measure"] == "memorized@k=10" and r["seed"] == "union"}
+    assert over == {"S", "T&B", "T not B"}
+
+
 def test_transfer_by_hand():
     matched = np.array([9, 8, 6, 5, 2, 0])
     teacher = extraction(np.zeros(6, bool), matched=matched)
@@ -109,7 +122,8 @@ def test_transfer_by_hand():
     control = extraction(np.zeros(6, bool), run="base_student", matched=np.zeros(6, int))
     found = {("teacher", 0, "private"): teacher, ("students/kd", 0, "private"): student}
     rows = inheritance.rows(*planted(found | {("base_student", 0, "private"): control}))
-    at = lambda run, r: row(rows, measure="transfer@k=10", student=run, region=f"t>{r}")
+    name = {"students/kd": "transfer@k=10", "base_student": "coincidence_transfer@k=10"}  # a base has not seen it
+    at = lambda run, r: row(rows, measure=name[run], student=run, region=f"t>{r}")
     assert at("students/kd", 0.7)["value"] == pytest.approx(0.5)  # of 0.4 and 0.6
     assert (at("students/kd", 0.5)["count"], at("students/kd", 0.5)["denominator"]) == (3, 6)
     assert at("students/kd", 0.9)["count"] == 0 and "value" not in at("students/kd", 0.9)
@@ -121,7 +135,12 @@ def test_disjoint_is_never_called_inheritance():
     memorized = seeds_of([range(20)], [range(10)], [[0, 1, 12]])
     rows = inheritance.rows(*planted(memorized, setting="disjoint"))
     assert {r["setting"] for r in rows} == {"disjoint"}
-    assert all(r["measure"].startswith("coincidence_") for r in rows)
+    overlap = [r for r in rows if r.get("region") in ("teacher & direct", "teacher in direct", "direct in teacher")]
+    transfer = [r for r in rows if r.get("student") == "direct"]
+    trained = [*overlap, *transfer]  # both were trained on the text, whoever stands beside them
+    assert len(overlap) == 3 and {r["measure"] for r in transfer} == {"transfer@k=10"}
+    assert not any(r["measure"].startswith("coincidence_") for r in trained)
+    assert all(r["measure"].startswith("coincidence_") for r in rows if r not in trained)
     assert row(rows, measure="coincidence_heldout_memorized@k=10", region="S", seed=0)["count"] == 0
 
 

@@ -116,6 +116,14 @@ def test_divergence_of_members_and_others():
     assert (gap["ci_high"] - 2) / stats.t.isf(0.025, 2) == pytest.approx(se * np.sqrt(6 / 5 / (3 / 2)), rel=1e-6)
 
 
+def test_an_end_that_is_not_known_is_empty():
+    """A mean whose examples are all of one text has no interval."""
+    names = dict.fromkeys(ids_of("private", 120), "one")
+    rows = mechanism.rows(*planted(regimes(), groups=names))
+    at = row(rows, model="teacher", measure="entropy@k=10", group="all", role="private")
+    assert np.isfinite(at["value"]) and at["ci_low"] is None and at["ci_high"] is None
+
+
 def told(T=1.0, teacher_T=None, **others):
     objective = {"policy": "dataset", "divergence": "fkl"} | others
     objective |= {} if T == 1 else {"student_T": T}
@@ -130,9 +138,17 @@ def test_series_of_temperatures():
     one = np.ones(4, bool)
     memorized = {(run, 0, "private"): one for run in runs} | {("teacher", 0, "private"): one}
     study, _ = planted(memorized, provenance=runs)
-    assert temperatures(study) == [
+    series = [
         {1.0: "students/kd", 2.0: "students/t2", 4.0: "students/t4"},
         {1.0: "students/kd", 3.0: "students/alone"},
+    ]
+    assert temperatures(study) == series and not study.notes
+    runs |= {"students/without": told(2.0) | {"exclude": "random:students/kd"}, "students/twice": told(4.0)}
+    memorized |= {(run, 0, "private"): one for run in runs}
+    study, _ = planted(memorized, provenance=runs)
+    assert temperatures(study) == series, "one that records were left out for is no part of it, nor a second of one T"
+    assert study.notes == [
+        "students/twice is trained as students/t4 is, at the same temperature: left out of the series over T."
     ]
 
 

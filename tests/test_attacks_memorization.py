@@ -1,6 +1,9 @@
 """Rows of memorization.csv on planted tables: what is known must be found, what is not must not, and nothing twice."""
 
+import re
+
 import numpy as np
+import pandas as pd
 import pytest
 
 from attacks.cuts import Cut, Memorized
@@ -96,6 +99,27 @@ def test_canaries_by_coin(planted):
     gap = chosen(rows, **at, task="placement=both", role="canary_in-canary_out")
     assert 0.3 < gap["ci_low"] < 0.667 < gap["ci_high"]
     assert not [row for row in rows if "placement=none" in row["task"]]
+
+
+def test_placements_say_who_met_the_canaries(tmp_path):
+    """A student of the teacher's own records met what was meant for the teacher; neither met what is public."""
+    world = Planted(tmp_path, n=24)
+    path = tmp_path / "text" / "splits.parquet"
+    splits = pd.read_parquet(path)
+    canaries = splits.role == "canary"
+    splits.loc[canaries, "placement"] = np.resize(["teacher_only", "student_only", "none"], canaries.sum())
+    splits.to_parquet(path)
+    world.write("teacher", train_roles=["private"])
+    told = {"technique": "kd", "teacher": "teacher"}
+    world.write("students/kd", train_roles=["public"], setting="disjoint", **told)
+    world.write("students/kd_shared", train_roles=["private"], setting="shared", **told)
+    study = world.study()
+    rows = memorization_rows(study, Memorized(study, [(0, 10)]))
+    tasks = {(r["model"], r["task"]) for r in rows if re.fullmatch(r"placement=\w+", r["task"])}
+    places = lambda model: {task for m, task in tasks if m == model}
+    named = {"placement=teacher_only", "placement=student_only"}
+    assert places("teacher") == places("students/kd") == named
+    assert places("students/kd_shared") == {"placement=both", "placement=neither"}
 
 
 def test_seeds_have_rows_of_their_own_and_one_together(planted):

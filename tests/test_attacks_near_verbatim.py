@@ -152,6 +152,21 @@ def test_generation_settles_near_ties(tmp_path):
     assert "4 verdicts" in note and "3 of them were settled" in note and "turned 2 around" in note
 
 
+def test_what_is_continued_for_its_near_tie_is_in_no_even_sample(tmp_path):
+    world = Planted(tmp_path, n=12, lengths=(34, 35))
+    world.roles = {"private": world.roles["private"]}
+    world.write("teacher", luck=1.0)
+    ids = world.roles["private"]["ids"].tolist()
+    said = {name: target_of(world, "private", name)[:SUFFIX] for name in ids}
+    said |= {name: [999] * SUFFIX for name in ids[:4]}
+    save(world, "teacher", "private", world.continued_rows("private", said, SUFFIX, close=tuple(ids[:4])))
+    study = world.study()
+    rows = near_verbatim_rows(study, Memorized(study, [(0, SUFFIX)]))
+    for measure, value in {"greedy_recheck": 1, "generated_matched": SUFFIX, "edit_distance": 0}.items():
+        found = chosen(rows, measure=f"{measure}@k={SUFFIX}", task="all", seed=0)
+        assert (found["value"], found["n"]) == (value, 8)
+
+
 def test_verdicts_without_a_near_tie_are_not_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr("attacks.cuts.NEAR_TIE", 1e-9)
     memorized = Memorized(tied(tmp_path, {"private-0000": False}), [(0, 10)])

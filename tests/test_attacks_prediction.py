@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import invented_memorization
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -80,7 +81,8 @@ def planted(folder, n=240, share=0.25, *, informative=True, short=0, students=("
         for seed in seeds:
             table(run, seed, nats, memorized & (rng.random(n) < 0.95), **shared)
     for run, exclude, hits, number in again:
-        table(run, 0, nats, np.isin(np.arange(n), hits), exclude=exclude, excluded=number, **shared)
+        told = dict(exclude=exclude, excluded=number, excluded_exposures=0.4)
+        table(run, 0, nats, np.isin(np.arange(n), hits), **told, **shared)
     return ids, memorized
 
 
@@ -215,6 +217,31 @@ def test_trials_split_whole_groups_and_take_three_negatives():
         next(trials(invented(rng, positives=9), 0))
 
 
+def test_what_no_split_can_hold_out_is_refused():
+    """All memorized examples are windows of one text: it is on one side only."""
+    rng = np.random.default_rng(11)
+    y = np.arange(300) < 20
+    found = invented(rng, memorized=y, clusters=np.where(y, 0, np.arange(300)))
+    with pytest.raises(TooFew, match="one group"):
+        list(trials(found, 0, 5))
+    both = invented(rng, memorized=y, clusters=np.where(np.arange(300) < 10, 0, 1))  # the others are with them
+    for match in (None, both.matrix(PAPER)):
+        with pytest.raises(TooFew, match="no split"):  # one side has no others
+            list(trials(both, 0, 5, match))
+
+
+def test_a_resample_without_a_positive_in_a_half_says_nothing():
+    rng = np.random.default_rng(12)
+    half = np.arange(300) % 2 == 1
+    found = invented(rng, half=half)
+    counts = np.where(found.memorized & half, 0.0, 1.0)
+    scores = crossed(found, found, PAPER, 0, counts, fits=1)
+    assert np.isnan(scores).all()
+    for values in (quality(scores, found.memorized, counts), classifier.at_prior(scores, found.memorized, counts)):
+        assert values and np.isnan(list(values.values())).all()
+    assert np.isfinite(crossed(found, found, PAPER, 0, np.ones(300), fits=1)).all()
+
+
 def test_matched_negatives_lie_as_near_as_can_be():
     rng = np.random.default_rng(6)
     found = invented(rng, n=2000, positives=60, effect=1.5)
@@ -279,7 +306,7 @@ def test_the_list_says_who_is_flagged_and_by_whom(tmp_path):
     ids, memorized = planted(tmp_path / "scores", short=20)
     settings = {"student": "students/kd", "cuts": [CUT], "seed": 3}
     counts = prediction.write_filter(tmp_path / "scores", tmp_path / "out", settings)
-    found = pd.read_parquet(tmp_path / "out" / "students.kd.parquet").set_index("example_id")
+    found = pd.read_parquet(tmp_path / "out" / "list.parquet").set_index("example_id")
     assert list(found.columns) == ["predicted", "transferred", "random", "probability"]
     assert list(found.index) == list(ids) and found.dtypes.iloc[:3].eq(bool).all()
     assert found.random.sum() == found.predicted.sum() == counts["predicted"] == counts["random"]
@@ -287,9 +314,22 @@ def test_the_list_says_who_is_flagged_and_by_whom(tmp_path):
     assert (found.predicted.iloc[20:] == memorized[20:]).mean() > 0.95, "what was planted"
     assert (found.transferred.iloc[20:] == memorized[20:]).mean() > 0.95
     assert (found.random.to_numpy() == memorized).mean() < 0.8
-    before = (tmp_path / "out" / "students.kd.parquet").read_bytes()
+    before = (tmp_path / "out" / "list.parquet").read_bytes()
     prediction.write_filter(tmp_path / "scores", tmp_path / "out", settings)
-    assert (tmp_path / "out" / "students.kd.parquet").read_bytes() == before
+    assert (tmp_path / "out" / "list.parquet").read_bytes() == before
+
+
+def test_the_random_list_has_the_repeats_of_the_predicted_and_whole_suffixes_alone(tmp_path):
+    ids, memorized = planted(tmp_path / "scores", short=20)
+    repeats = np.where(memorized, np.where(np.arange(240) % 3 == 0, 16, 4), np.where(np.arange(240) % 5 == 0, 4, 1))
+    splits = pd.DataFrame({"example_id": ids, "role": "private", "coin": 1, "group": ids, "repeats": repeats})
+    (tmp_path / "scores" / "text").mkdir()
+    splits.assign(placement="").to_parquet(tmp_path / "scores" / "text" / "splits.parquet")
+    prediction.write_filter(tmp_path / "scores", tmp_path / "out", {"student": "students/kd", "cuts": [CUT]})
+    found = pd.read_parquet(tmp_path / "out" / "list.parquet").assign(repeats=repeats)
+    counts = found.groupby("repeats")[["predicted", "random"]].sum()
+    assert (counts.predicted == counts.random).all() and (counts.loc[[4, 16]].predicted > 5).all()
+    assert not (found.predicted == found.random).all() and not found.random.iloc[:20].any()
 
 
 def test_the_list_is_refused_or_left_out_with_a_reason(tmp_path, caplog):
@@ -313,7 +353,7 @@ def test_the_command_writes_the_same_list(tmp_path):
     done = subprocess.run([*command, f"--out={tmp_path / 'a'}"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "predicted" in done.stdout, done.stderr[-2000:]
     prediction.write_filter(tmp_path / "scores", tmp_path / "b", {"student": "students/kd"})
-    a, b = (pd.read_parquet(tmp_path / name / "students.kd.parquet") for name in "ab")
+    a, b = (pd.read_parquet(tmp_path / name / "list.parquet") for name in "ab")
     pd.testing.assert_frame_equal(a, b)
     done = subprocess.run([*command[:-1], "--student=nobody", "--out=x"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "no score table of 'nobody'" in done.stderr
@@ -324,12 +364,13 @@ def test_what_the_filter_did_is_counted_on_all_examples(tmp_path):
     again = [
         ("students/kd_predicted", "predicted:students/kd", np.array([200, 201, 202]), 61),
         ("students/kd_random", "random:students/kd", np.arange(0, 40), 61),
+        ("students/kd_transferred", "transferred:students/kd", np.arange(200, 203), 60),
     ]
     _, memorized = planted(tmp_path, n, students=("students/kd",), again=again)
     study, of = opened(tmp_path)
     first = of.of("students/kd", 0, "private", of.main).extracted
     rows = {(r["features"], r["measure"].partition("@")[0]): r for r in filtering.filter_rows(study, of)}
-    assert {r["student"] for r in rows.values()} == {"students/kd_predicted", "students/kd_random"}
+    assert {r["student"] for r in rows.values()} == {f"students/kd_{f}" for f in ("predicted", "random", "transferred")}
     own = lambda measure: rows["predicted", measure]
     assert own("memorized_before")["value"] == first.mean() and own("memorized_after")["value"] == 3 / n
     assert own("new")["value"] == np.sum(~first[[200, 201, 202]]) / n
@@ -338,5 +379,19 @@ def test_what_the_filter_did_is_counted_on_all_examples(tmp_path):
     assert own("difference_to_random")["value"] == pytest.approx(-37 / n)
     assert own("difference")["measure"] == "difference@k=10" and own("difference")["protocol"] == "filter"
     assert ("random", "difference_to_random") not in rows
+    assert ("transferred", "difference_to_random") not in rows, "another number was left out"
+    assert own("removed_exposures")["value"] == 0.4
     students = {r["student"] for r in prediction.rows(study, of) if r.get("protocol") != "filter"}
     assert students == {"students/kd"}, "a student that was filtered is not predicted once more"
+    study.settings["filtered"] = {"students/late": "random:students/kd", "students/kd_random": "random:students/kd"}
+    (late,) = (r for r in filtering.filter_rows(study, of) if "reason" in r)
+    assert late["student"] == "students/late" and "no list of what students/kd memorizes" in late["reason"]
+
+
+def test_the_report_is_shown_rows_that_the_audit_makes(table):
+    """What the report's tests invent has names of features, protocols and measures that are really there."""
+    named = lambda features, protocol, measure: (features, protocol.partition(":")[0], measure.partition("@")[0])
+    real = {named(f, p, m) for p, f, m, _ in table.index}
+    made = [r for r in invented_memorization.prediction_rows(invented_memorization.MODELS, "0")]
+    told = {named(r["features"], r["protocol"], r["measure"]) for r in made if r["protocol"] != "filter"}
+    assert told <= real, told - real

@@ -43,6 +43,7 @@ def test_a_planted_chain_and_an_equal_one():
             "Memorization falls from teacher to baseline to student (shared setting): verbatim: yes for teacher"
         )
         assert "not resolved for direct over students/kd" in words and "teacher over students/kd" not in words
+        assert f"(300 texts, {'seed 0' if len(seeds) == 1 else 'all seeds together'})" in words
     reverse = trends.rows(*chain((0.2, 0.5, 0.5)))
     assert row(reverse, claim="chain", model_b="direct", measure="extracted@k=10", seed=0)["verdict"] == "no"
 
@@ -90,12 +91,32 @@ def test_temperature():
         assert fall["verdict"] == "yes" and fall["model_a"] == "students/t1" and fall["model_b"] == "students/t4"
         assert at("extracted_T=1-T=2@k=10")["verdict"] == "yes" and at("extracted_T=2-T=4@k=10")["value"] > 0
         assert at("extracted_by_temperature@k=10;heldout")["verdict"] == "not resolved"
+        beyond, control = at("extracted_by_temperature_gap@k=10"), at("extracted_by_temperature@k=10;heldout")
+        assert beyond["verdict"] == "yes" and beyond["value"] == pytest.approx(fall["value"] - control["value"])
+        assert beyond["ci_low"] < beyond["value"] < beyond["ci_high"] and beyond["n"] == 200
         assert claim_words(rows)[2].startswith(
             "Memorization falls with the temperature of distillation (shared setting): verbatim, per unit of T: yes"
         )
     null = [trends.rows(*sweep(dict.fromkeys((1, 2, 4), 0.4), seed)) for seed in range(60)]
     ps = np.array([row(rows, claim="temperature", measure="extracted_by_temperature@k=10")["p_value"] for rows in null])
     assert np.mean(ps < 0.05) <= 0.14 and ps.max() > 0.3
+
+
+def test_what_falls_of_any_text_is_no_fall_of_memory():
+    """Members and others alike: easy text is extracted less at a higher temperature too."""
+    ease, found = np.random.default_rng(5).random((2, 200)), {("teacher", 0, "private"): np.ones(200, bool)}
+    for T, share in ((1, 0.6), (2, 0.45), (4, 0.2)):
+        for role, easy in zip(("private", "heldout"), ease, strict=True):
+            found[f"students/t{T}", 0, role] = easy < share
+    rows = trends.rows(*planted(found, provenance={f"students/t{T}": told(float(T)) for T in (1, 2, 4)}))
+    at = lambda name: row(rows, claim="temperature", measure=f"{name}@k=10")["verdict"]
+    assert at("extracted_by_temperature") == "yes" and at("extracted_by_temperature_gap") == "not resolved"
+
+
+def test_a_row_without_an_interval_has_a_sentence():
+    one = {"claim": "chain", "setting": "shared", "model_a": "teacher", "model_b": "direct", "verdict": "not resolved"}
+    numbers = {"measure": "extracted@k=10", "value": 0.1, "ci_low": None, "ci_high": None, "p_corrected": 1, "seed": 0}
+    assert "(+10.00 points [no interval], p = 1) (2 texts, seed 0)" in claim_words([one | numbers | {"n": 2}])[0]
 
 
 def test_shuffling_within_examples(check):

@@ -137,6 +137,7 @@ def test_a_near_tie_is_continued_besides_what_was_asked_for(tmp_path, monkeypatc
     }
     picked = set(encoded.example_id[choose(encoded, 0, spec)])
     assert set(found.example_id) == picked | close and len(picked) == 17 and close - picked
+    assert set(found.example_id[found.drawn]) == picked, "the rest is no even sample"
     assert facts == {"examples": len(picked | close), "near_ties": len(close)}
 
 
@@ -170,7 +171,7 @@ def test_zhang2025_bans_repeats_and_the_end_and_stops_where_the_context_does():
         text = [*prompt, *tokens[:length].tolist()]
         grams = [tuple(text[i : i + 6]) for i in range(len(prompt) - 5, len(text) - 5)]
         assert len(set(grams)) == len(grams)
-    rows = continued.table(encoded, np.arange(3), "private", "zhang2025", (0, 32), found).to_pandas()
+    rows = continued.table(encoded, np.arange(3), "private", "zhang2025", (0, 32), found, np.ones(3, bool)).to_pandas()
     assert rows.generated_ids.map(len).tolist() == [32, 32, 28] and set(rows.suffix) == {32}
     assert rows.target_ids.map(list).tolist() == [[2, 3, 4]] * 3
 

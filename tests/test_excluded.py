@@ -42,6 +42,7 @@ def get_config():
     return study_config({records!r})
 """
 FORMS = ("predicted", "random")
+LIST = "filter/students.kd/list.parquet"
 
 
 def write_records(path: Path) -> None:
@@ -122,7 +123,7 @@ def found(workdir: Path, run: str) -> dict:
 def test_runs_wait_for_the_list_and_are_trained_without_it(loop):
     workdir, done = loop
     assert done.stderr.index("students/predicted: waits for the filter") < done.stderr.index("filter for students/kd:")
-    frame = pd.read_parquet(workdir / "filter" / "students.kd.parquet")
+    frame = pd.read_parquet(workdir / LIST)
     study = opened(workdir)
     assert set(frame.example_id) == set(study.data.of_role("private").example_id)
     assert frame.predicted.sum() == frame.random.sum() >= 10
@@ -132,6 +133,7 @@ def test_runs_wait_for_the_list_and_are_trained_without_it(loop):
         trained = runs._training_data(study, run, 0, runs.objective_of(study.config, run), load_teacher=None)
         assert set(whole.example_id) - set(trained.example_id) == set(frame.example_id[frame[form]])
         assert own["facts"]["excluded"] == frame[form].sum() == len(whole) - own["facts"]["examples"]
+        assert own["facts"]["excluded_exposures"] == pytest.approx(frame[form].sum() / len(whole))
         ids = sorted(frame.example_id[frame[form]])
         assert own["inputs"]["excluded"] == manifest.digest(ids) and own["inputs"]["run"]["exclude"]
         used = pd.read_parquet(workdir / "runs/students" / form / "seed0/ledger.parquet")
@@ -164,6 +166,7 @@ def test_what_the_loop_left_is_compared(loop):
     for form in FORMS:
         removed = found(loop[0], f"students/{form}")["facts"]["excluded"]
         assert rows[f"students/{form}", "removed_count"]["value"] == removed
+        assert 0 < rows[f"students/{form}", "removed_exposures"]["value"] < 1
         assert rows[f"students/{form}", "memorized_before@a=1,k=3"]["value"] > 0.1
 
 
@@ -175,13 +178,35 @@ def test_a_list_from_other_models_is_refused(loop, tmp_path):
     changed["facts"]["params_fingerprint"] = "another"  # as if it had been trained anew
     path.write_text(json.dumps(changed))
     shutil.rmtree(workdir / "scores" / "students" / "kd")
-    with pytest.raises(StaleWork, match="models.students/kd: was .*, is 'another'"):
-        write_lists(opened(workdir), write_filter)
-    frame = pd.read_parquet(workdir / "filter/students.kd.parquet")
+    for stage in (lambda study: study.ready(), lambda study: write_lists(study, write_filter)):
+        with pytest.raises(StaleWork, match="models.students/kd: was .*, is 'another'"):
+            stage(opened(workdir))
+    frame = pd.read_parquet(workdir / LIST)
     frame.loc[0, "predicted"] = not frame.predicted[0]
-    frame.to_parquet(workdir / "filter/students.kd.parquet")
+    frame.to_parquet(workdir / LIST)
     with pytest.raises(StaleWork, match="run students/predicted seed 0 .*\n  excluded: was "):
         runs._train(opened(workdir), opened(workdir).runs["students/predicted"], 0)
+
+
+def test_a_list_counts_only_with_its_manifest_and_trained_models(loop, tmp_path):
+    """A list that a start left which died, or whose first student is to be trained anew, is used by nobody."""
+    shutil.copytree(loop[0].parent, tmp_path, dirs_exist_ok=True)
+    workdir, waiting = tmp_path / "work", {f"students/{form}" for form in FORMS}
+    named = lambda: {run.name for run, _ in opened(workdir).ready()}
+    assert waiting <= named()
+    student = workdir / "runs/students/kd/seed0/manifest.json"
+    text = student.read_text()
+    student.unlink()
+    assert not waiting & named()
+    student.write_text(text)
+    for gone in ("list.parquet", "manifest.json"):
+        (workdir / LIST).with_name(gone).rename(workdir / "aside")
+        assert not waiting & named()
+        (workdir / "aside").rename((workdir / LIST).with_name(gone))
+    (workdir / LIST).with_name("manifest.json").unlink()
+    (workdir / LIST).with_name("rest").touch()
+    write_lists(opened(workdir), lambda scores, out, settings: {})  # too few to learn from
+    assert not (workdir / LIST).parent.exists() and not waiting & named()
 
 
 def test_one_run_alone_waits_too(loop, tmp_path):
@@ -224,7 +249,7 @@ def test_ids_of_a_file_are_left_out_of_every_run_and_still_scored(loop, tmp_path
             whole = study.data.of_run(run.train_roles)
             kept = runs._without(study, run, whole)
             assert set(whole.example_id) - set(kept.example_id) == set(left_out)
-            assert runs._number_excluded(study, run) == len(left_out)
+            assert runs._facts_excluded(study, run)["excluded"] == len(left_out)
         assert runs._inputs(study, study.runs["teacher"], 0)["excluded"] == manifest.digest(sorted(left_out))
         assert named_files(study.config)["data.exclude"] == str(tmp_path / "ids.parquet")
         assert runs._left_out(study, study.runs["base_student"]) == frozenset()

@@ -18,7 +18,7 @@ from attacks.report.html import page
 from attacks.report.inherited import inherited_section
 from attacks.report.mechanism import mechanism_section
 from attacks.report.mechanism_figures import draw_mechanism
-from attacks.report.memorized import memorized_section
+from attacks.report.memorized import NAMES, _coverage_words, memorized_section
 from attacks.report.memorized_figures import draw_memorized
 from attacks.report.named_measures import Measure, count_of, cut_words, main_cut, parse, percent
 from attacks.report.prediction import prediction_section
@@ -154,6 +154,8 @@ def test_greedy_stands_beside_probabilistic_and_near_verbatim(invented):
     assert list(ways["teacher"]) == heads
     assert ways["teacher"]["Greedy, exact"].startswith("12.8 % [")
     assert re.search(r"64 of 500 held-out 0\.80 % \[.*\], 4 of 480$", ways["teacher"]["Greedy, exact"])
+    assert _coverage_words("p=0.1;k=40,t=1;window=50") == "p ≥ 0.1, k=40, T=1, windows of 50 tokens"
+    assert "with knowledge of the first miss" in NAMES["recall_at_100_errors"]
     covered = tables(invented[2], "memorized").find("Setting: shared. Share of the tokens of a text")
     assert re.search(r"25\.6 % \[.*\] of 500 held-out", covered["teacher"]["p ≥ 0.001, k=40, T=1"])
 
@@ -169,7 +171,7 @@ def test_claims_are_sentences_with_verdicts_and_what_does_not_come_out_is_said(i
         assert re.match(r"\+3\.5 points \[", chain["teacher − direct"]["Value"])
     found = re.findall(r"Claim: memorization rises.*?</table>", section(html, "claims"), re.S)
     assert len(found) == 4 and sum("−1.2" in t and 'class="bad">no<' in t for t in found) == 2
-    assert section(html, "claims").count("Controls, where nothing should be found") == 2
+    assert section(html, "claims").count("Controls: what is not memory") == 2
     told = dataclasses.replace(results, summary=results.summary | {"claims": WORDS})
     assert all(f"<li>{words}</li>" in claim_section(told) for words in WORDS)
 
@@ -211,16 +213,27 @@ def test_prediction_protocols_and_the_loop_with_its_random_filter(invented):
     head, *rows = next(
         t for c, t in found.tables.items() if c.startswith("Setting: shared. 95 % intervals, over texts")
     )
+    single = [row for row in rows if len(row) < len(head)]
+    assert len(single) == 2 and single[0][3] == "AUC" and single[1][1:3] == ["natural prior", "zlib bytes"]
+    rows = rows[: -len(single)]
     by = {(row[1], row[2]): dict(zip(head, row, strict=True)) for row in rows}
     assert (
         by["paper (1:3)", "paper's four"]["AUC"] == "0.97 [0.93, 1.00]"
         and by["other half", "teacher only"]["n"] == "60"
     )
     assert by["other student students/other", "paper's four"]["AUC"].startswith("0.88 [")
+    assert by["matched negatives zlib bytes, teacher perplexity", "paper's four"]["AUC"].startswith("0.85 [")
+    assert by["paper (1:3)", "paper's four"]["Precision"] == "0.80 [0.70, 0.90]", "over texts, not over trials"
+    assert {row[2] for row in rows} == {"paper's four", "teacher only"}
+    captions = [c for c in found.tables if c.startswith("Setting: shared. Middle 95 % of the trials")]
+    assert len(captions) == 1, "and beside it the weights"
+    narrow = found.tables[captions[0]]
+    assert dict(zip(*narrow[:2], strict=True))["AUC"] == "0.97 [0.97, 0.97]"
     assert f"{SHARED} memorizes 12.0 %" in found.text
     loop = found.find(f"Setting: shared. Cut: {CUT} (20 tokens")
     predicted, random = (loop[f"{SHARED}_{form}"] for form in ("predicted", "random"))
-    assert predicted["Left out of training"] == random["Left out of training"] == "8.4 % 42 of 500"
+    heads = "Left out, of the scored texts", "Left out, of the training data with repeats"
+    assert [predicted[h] for h in heads] == [random[h] for h in heads] == ["8.4 % 42 of 500", "31.0 %"]
     assert predicted["Memorized before"].endswith("20 of 500") and predicted["Memorized after"].endswith("4 of 500")
     assert predicted["After less before"] == "−3.2 points [−5.2, −1.2]"
     assert random["After less before"] == "−0.30 points [−2.3, 1.7]"
@@ -265,6 +278,11 @@ def test_no_two_settings_in_a_table_or_a_picture(invented):
     for name, picture in pictures.items():
         assert not (re.search(rf"{DISJOINT}[ ,:]", picture.alt) and SHARED in picture.alt), name
         assert "shared" not in picture.alt if "disjoint" in name else DISJOINT + " " not in picture.alt, name
+
+
+def test_null_is_not_said_to_be_flat_on_canaries_that_are_public_too(invented):
+    said = invented[3]["repeats-shared"].caption
+    assert said.startswith("Of the records,") and "null and all students met them" in said
 
 
 def test_pictures_come_out_of_the_report_by_their_names(invented, monkeypatch):

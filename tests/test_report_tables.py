@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from test_report_techniques import Tables
 
 from attacks.audit import audit
 from attacks.report import build
+from attacks.report.canaries import PLACES, placed
 from attacks.report.canary_figures import interval
 from attacks.report.checks import _missing, named
 from attacks.report.drawing import readable
@@ -275,3 +277,13 @@ def test_reasons_are_joined_with_what_they_concern():
 def test_letters_on_a_colour_have_the_greater_contrast():
     assert readable((1, 1, 1)) == "black" and readable((0, 0, 0)) == "white"
     assert readable((0.2, 0.0, 0.4)) == "white" and readable((0.99, 0.72, 0.39)) == "black"
+
+
+def test_who_met_a_canary_is_told_by_the_setting():
+    settings = {"teacher": "-", "students/kd": "disjoint", "students/kd_shared": "shared", "swap_students/x": "shared"}
+    plain = ["teacher_only", "student_only", "both"]
+    frame = pd.DataFrame([(m, p) for m in settings for p in plain], columns=["model", "placement"])
+    found = placed(frame, SimpleNamespace(settings=settings)).groupby("model")["placement"].agg(list)
+    assert found["students/kd_shared"] == ["both", "neither", "both"] and set(PLACES) == {*plain, "neither"}
+    assert found["students/kd"] == found["teacher"] == found["swap_students/x"] == plain
+    assert placed(frame.iloc[:0], SimpleNamespace(settings={})).empty

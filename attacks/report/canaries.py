@@ -4,24 +4,26 @@ import pandas as pd
 
 from attacks.report.drawing import Picture
 from attacks.report.markup import NBSP, Html, figure, folded, join, model_tables, p_value, signed, table, tag
-from attacks.report.results import Results, in_order
+from attacks.report.results import Results, in_order, kind
 
 CANARY_RULE = (
-    "Chosen without a look at the models: canaries that went into the teacher's training data and not into the "
-    "student's come first; of each number of repeats the one whose id, a hash of its content, sorts first; then by id, "
-    "up to three."
+    "Chosen without a look at the models: canaries that were put into the private data alone come first; of each "
+    "number of repeats the one whose id, a hash of its content, sorts first; then by id, up to three."
 )
 EXPOSURE = (
     "Exposure: how far up the model ranks an inserted secret among those of its kind that nobody inserted, in bits. "
     "A model that never met it shows about 1.4 on average; log2 of the number of strangers is the greatest that ranks "
     "can show. Extrapolated: from a skew-normal fitted to the strangers, which may exceed that; not to be believed "
-    "where the fit's p-value is small."
+    "where the fit's p-value is small. The teacher's data are also those of direct and of a student of the shared "
+    "setting; null has those of a student of the disjoint setting."
 )
 PLACES = {
     "teacher_only": "in the teacher's data only",
     "student_only": "in the student's data only",
     "both": "in the data of both",
+    "neither": "in the data of neither",
 }
+SHARED = {"teacher_only": "both", "student_only": "neither"}  # where the student's data are its teacher's
 
 
 def exposure_section(results: Results, pictures: dict[str, Picture]) -> Html:
@@ -42,8 +44,15 @@ def cells(frame: pd.DataFrame, results: Results) -> list[tuple[tuple[str, str, i
     """((model, placement, repeats), its canaries), in the order of the story."""
     order = {m: i for i, m in enumerate(in_order(results.models))}
     places = {p: i for i, p in enumerate(PLACES)}
-    groups = list(frame.groupby(["model", "placement", "repeats"], sort=False))
+    groups = list(placed(frame, results).groupby(["model", "placement", "repeats"], sort=False))
     return sorted(groups, key=lambda g: (order.get(g[0][0], 0), places.get(g[0][1], len(places)), g[0][2]))
+
+
+def placed(frame: pd.DataFrame, results: Results) -> pd.DataFrame:
+    """Rows of exposure whose placement says who met the canary, in either setting."""
+    shared = [m for m in set(frame["model"]) if kind(m) == "student" and results.settings.get(m) == "shared"]
+    renamed = frame["placement"].replace(SHARED)
+    return frame.assign(placement=frame["placement"].where(~frame["model"].isin(shared), renamed))
 
 
 def _exposure_row(results: Results, key: tuple[str, str, int], own: pd.DataFrame) -> dict:
@@ -101,6 +110,10 @@ def _canary(results: Results, canary: dict) -> Html:
         "Mean log-probability of the true answer (nats per token)": signed(answers[model].get("mean_logp")) or "–",
     } for model in ("teacher", results.headline["model"], "null") if model in answers]  # fmt: skip
     times = f"{canary['repeats']} repeat{'s' if canary['repeats'] != 1 else ''}"
-    where = f"{times}, placement {canary['placement']}, {'put in' if canary.get('coin') == 1 else 'left out'}"
+    place = canary["placement"]
+    if results.settings.get(results.headline["model"]) == "shared":
+        place = SHARED.get(place, place)
+    inside = canary.get("coin") == 1 and place != "none"
+    where = f"{times}, {PLACES.get(place, place) if inside else 'in no data'}"
     said = join(tag("b", "Prompt:"), f" {canary['prompt']}\n", tag("b", "True answer:"), f" {truth}")
     return join(tag("h3", where), tag("p", said, css="plain"), table(rows) if rows else "")

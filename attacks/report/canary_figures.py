@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from attacks.report.canaries import PLACES, cells
+from attacks.report.canaries import PLACES, cells, placed
 from attacks.report.drawing import (
     CHANCE,
     NO_STYLE,
@@ -24,7 +24,7 @@ from attacks.report.results import Results, kind
 
 def draw_exposure(results: Results) -> Drawing | None:
     """Mean exposure of the canaries that went in, by how often, for the models of the card's picture."""
-    e = results.exposure[results.exposure["model"].isin(results.chain)]
+    e = placed(results.exposure[results.exposure["model"].isin(results.chain)], results)
     places = [p for p in PLACES if p in set(e["placement"])]
     if not places:
         return None

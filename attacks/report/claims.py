@@ -20,7 +20,8 @@ from attacks.trends import CONTROLS, WORDS, claim_words
 CLAIMS = (
     "Three claims, stated beforehand. A value above 0 agrees with its claim, one below "
     "contradicts it; yes and no only where p < 0.05 after Holm over all comparisons of the claim, "
-    "else “not resolved”, which is not the same as “no effect”."
+    "else “not resolved”, which is not the same as “no effect”. With one seed a verdict is about these trained models, "
+    "not about their recipes: another training run of the same recipe may come out otherwise."
 )
 KINDS = {
     "canary": "canaries, whole answers",
@@ -46,7 +47,7 @@ def claim_section(results: Results) -> Html:
             if own["setting"].eq(setting).any() or len(settings_in(c)) == 1:
                 parts += [_claim_table(own[~control.loc[own.index]], setting, claim)]
                 if len(rest := own[control.loc[own.index]]):
-                    words = f"Controls, where nothing should be found: {WORDS.get(claim, claim)}"
+                    words = f"Controls: what is not memory: {WORDS.get(claim, claim)}"
                     parts += [folded(words, _claim_table(rest, setting, claim))]
     return join(*parts)
 
@@ -81,6 +82,7 @@ def _claim_measure(measure: str) -> Html:
         "spearman_exposure_repeats": "Rank correlation of repeats and a canary's exposure",
         "spearman_matched_repeats": "Rank correlation of repeats and share matched",
         "extracted_by_temperature": "Fall of the share extracted for each unit of T",
+        "extracted_by_temperature_gap": "The same fall, less that on held-out records",
     }.get(name, name.replace("_", " ").capitalize())  # fmt: skip
     return join(words, tag("span", ", ".join(x for x in (cut, KINDS.get(rest, rest)) if x), css="note"))
 

@@ -181,8 +181,8 @@ def _transfer(results: Results, frame: pd.DataFrame, setting: str) -> Html:
         rows.append({"Model": student, "Seed": seed} | cells)
     columns = dict.fromkeys(c for row in rows for c in row)
     caption = (
-        f"{heading(setting)}Mean share of the cut that the model matches, on the texts of which its teacher matches "
-        "more than t. Controls in the student's place: what they reach is easiness."
+        f"{heading(setting)}Mean share of the cut that the model matches before its first miss, on the texts of which "
+        "its teacher matches more than t before its own. Controls in the student's place: what they reach is easiness."
     )
     return table([{c: row.get(c, "–") for c in columns} for row in rows], caption, results.headline["model"])
 

@@ -84,7 +84,7 @@ NAMES = {
     "rouge_l": "ROUGE-L F1",
     "longest_common_substring": "Longest common substring (tokens)",
     "coverage": "Covered by windows that can be drawn",
-    "recall_at_100_errors": "Recall at 100 errors",
+    "recall_at_100_errors": "Recall at 100 errors, ordered with knowledge of the first miss",
 }  # fmt: skip
 
 
@@ -182,8 +182,9 @@ def _coverage_table(results: Results, frame: pd.DataFrame, setting: str) -> Html
 
 
 def _coverage_words(rest: str) -> str:
-    threshold, _, scheme = rest.partition(";")
-    return f"{threshold.replace('p=', 'p ≥ ')}, {_scheme_words(scheme)}"
+    threshold, scheme, *size = rest.split(";")
+    of = "".join(f", {one.replace('window=', 'windows of ')} tokens" for one in size)
+    return f"{threshold.replace('p=', 'p ≥ ')}, {_scheme_words(scheme)}{of}"
 
 
 def _side_by_side(results: Results, columns: dict[str, pd.DataFrame], caption: str) -> Html:

@@ -171,9 +171,13 @@ def _repeats(results: Results, frame: pd.DataFrame, setting: str) -> Drawing | N
     _outer(grid, "times trained on (log)", "extracted (%)")
     _legend(figure, grid[0], height, 3)
     caption = (
-        "A model that was never trained on them (null and bases, where the setting is disjoint the students) should be "
-        "flat."
+        "Of the records, a model that was never trained on them (null and bases, where the setting is disjoint the "
+        "students) should be flat."
     )
+    if "canary_in" in seen:
+        caption += (
+            " These canaries lie in the private and the public data: null and all students met them, no base did."
+        )
     if "heldout" in seen:
         caption += f" Hollow: held-out records{_but_swap(models)}; what they show is the text's doing."
     words = "; ".join(

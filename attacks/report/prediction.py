@@ -22,12 +22,14 @@ from attacks.report.results import Results, in_order, pooled
 NOTE = (
     "Positives are the texts that the student memorizes. “paper”: three random negatives for each, labels of the same "
     "student; this is easy, and its trials are not independent. natural_prior: all negatives, as many as there are. "
-    "matched_negatives: as compressible as the positives. halves, other_seed, other_student: trained on one, applied "
-    "to the other: the only forms that could be used before a distillation."
+    "matched_negatives: as compressible as the positives. halves: trained on one half of the texts, applied to the "
+    "other, so that no text's own label plays a part. other_seed, other_student: labels of an earlier distillation "
+    "alone: the only forms that could be used before one."
 )
 FILTER = (
     "The loop: distil, predict, leave the predicted texts out, distil again with the same teacher, count again on all "
-    "private texts. Removing texts at random, as many, is the control: what it prevents needs no prediction."
+    "private texts. Removing as many texts as were predicted, of each number of repeats the same, but drawn at random, "
+    "is the control: what it prevents needs no prediction. A list of another length is not compared with it."
 )
 PROTOCOLS = {
     "paper": "paper (1:3)",
@@ -50,7 +52,8 @@ FORMS = {
     "random": "as many at random",
 }
 LOOP_MEASURES = {
-    "removed": "Left out of training",
+    "removed": "Left out, of the scored texts",
+    "removed_exposures": "Left out, of the training data with repeats",
     "memorized_before": "Memorized before",
     "memorized_after": "Memorized after",
     "new": "Newly memorized",
@@ -58,7 +61,7 @@ LOOP_MEASURES = {
     "difference_to_random": "After, less after the random list",
 }
 OVER_TRIALS = "_over_trials"
-WEIGHT = re.compile(r"(coefficient|importance):(\w+?)(_over_trials)?")
+WEIGHT = re.compile(r"(coefficient|importance):(\w+)")
 
 
 def feature_words(name: str) -> str:
@@ -66,18 +69,22 @@ def feature_words(name: str) -> str:
 
 
 def weights(frame: pd.DataFrame) -> pd.DataFrame:
-    """Coefficients and importances, with their `kind`, `feature` and whether their interval is `over` trials."""
-    found = [WEIGHT.fullmatch(m.partition("@")[0]) for m in frame["measure"]]
-    parts = [(m[1], m[2], m[3] is not None) if m else ("", "", False) for m in found]
-    told = pd.DataFrame(parts, columns=["kind", "feature", "over"], index=frame.index).astype({"over": bool})
+    """Coefficients and importances, with their `kind` and `feature`."""
+    found = [WEIGHT.fullmatch(m) for m in frame["measure"]]
+    parts = [(m[1], m[2]) if m else ("", "") for m in found]
+    told = pd.DataFrame(parts, columns=["kind", "feature"], index=frame.index)
     return frame.join(told)[told["kind"] != ""]
+
+
+def over_trials(frame: pd.DataFrame) -> pd.Series:
+    """Which rows have intervals over trials, which are too narrow: bool."""
+    return frame["protocol"].str.endswith(OVER_TRIALS)
 
 
 def coefficients(results: Results) -> pd.DataFrame:
     """The coefficients of the paper's features under its protocol, of all seeds together or of the first one."""
     c = weights(pooled(results.prediction))
-    c = c[(c["kind"] == "coefficient") & ~c["over"] & c["value"].notna()]
-    c = c[(c["protocol"] == "paper") & (c["features"] == "paper") & ~c["measure"].str.contains("@")]
+    c = c[(c["kind"] == "coefficient") & (c["protocol"] == "paper") & (c["features"] == "paper") & c["value"].notna()]
     return c[c["seed"] == c.groupby("student")["seed"].transform(lambda s: "all" if "all" in set(s) else min(s))]
 
 
@@ -90,19 +97,19 @@ def prediction_section(results: Results, pictures: dict[str, Picture]) -> Html:
     for setting in settings:
         own = p[p["setting"] == setting]
         weighed, loop = weights(own), own[own["protocol"] == LOOP]
-        scores = own.drop([*weighed.index, *loop.index])
-        over = scores["measure"].str.contains(f"{OVER_TRIALS}(?:@|$)")
-        several = scores["features"].isin(SETS)
-        if len(scores):
+        priors = own[own["measure"] == "memorized"]
+        scores = own.drop([*weighed.index, *loop.index, *priors.index])
+        over, several = over_trials(scores), scores["features"].isin(SETS)
+        if len(scores) or len(priors):
             parts += [tag("h3", f"Predicted: {setting_words(setting)}")] if len(settings) > 1 else []
-            parts += [tag("p", NOTE), _priors(scores[scores["measure"] == "memorized"])]
+            parts += [tag("p", NOTE), _priors(priors)]
             parts += [_scores(results, scores[several & ~over], setting)]
         parts += [figure(pictures.get("coefficients" + (f"-{setting}" if len(settings) > 1 else "")))]
         folds = {
-            "Single features": _scores(results, scores[~several & ~over & (scores["features"] != "")], setting),
-            "Coefficients and importances": _weights(results, weighed[~weighed["over"]], setting),
+            "Single features": _scores(results, scores[~several & ~over], setting),
+            "Coefficients": _weights(results, weighed[~over_trials(weighed)], setting),
             "Intervals over trials, as the paper has them: far too narrow, since trials share their texts": join(
-                _scores(results, scores[over], setting), _weights(results, weighed[weighed["over"]], setting)
+                _scores(results, scores[over], setting), _weights(results, weighed[over_trials(weighed)], setting)
             ),
         }
         parts += [folded(label, content) for label, content in folds.items() if content]
@@ -129,18 +136,17 @@ def _priors(frame: pd.DataFrame) -> Html:
 
 def _scores(results: Results, frame: pd.DataFrame, setting: str) -> Html:
     """A row for each student, protocol and feature set; a column for each measure."""
-    parts = [parse(m) for m in frame["measure"]]
-    frame = frame.assign(name=[p.name for p in parts], variant=[p.rest for p in parts])
-    names = list(dict.fromkeys(frame.loc[frame["features"] != "", "name"]))
+    names = list(dict.fromkeys(frame["measure"]))
     order = {name: i for i, name in enumerate(PROTOCOLS)}
-    keys, rows = ["protocol", "variant", "features", "seed"], []
+    keys, rows = ["protocol", "features", "seed"], []
     for student in in_order(frame["student"]):
         own = frame[frame["student"] == student]
-        own = own.sort_values("protocol", key=lambda c: c.map(order).fillna(len(order)), kind="stable")
-        for (protocol, variant, features, seed), mine in own.groupby(keys, sort=False):
-            by = {name: mine[mine["name"] == name] for name in names}
+        place = own["protocol"].map(lambda p: order.get(_parts(p)[0], len(order)))
+        own = own.loc[place.sort_values(kind="stable").index]
+        for (protocol, features, seed), mine in own.groupby(keys, sort=False):
+            by = {name: mine[mine["measure"] == name] for name in names}
             rows.append({
-                "Student": student, "Tested on": _protocol(protocol, variant), "Features": feature_words(features),
+                "Student": student, "Tested on": _protocol(protocol), "Features": feature_words(features),
                 **{_measure(name): short_measured(*triple(r)) if len(r) else text("–") for name, r in by.items()},
                 "n": _n(mine), "Seed": seed,
             })  # fmt: skip
@@ -152,21 +158,24 @@ def _scores(results: Results, frame: pd.DataFrame, setting: str) -> Html:
 
 def _over(frame: pd.DataFrame) -> str:
     """What the intervals of these rows are over;"""
-    return (
-        "Middle 95 % of the trials"
-        if frame["measure"].str.contains(OVER_TRIALS).any()
-        else "95 % intervals, over texts"
-    )
+    return "Middle 95 % of the trials" if over_trials(frame).any() else "95 % intervals, over texts"
 
 
-def _protocol(protocol: str, variant: str) -> Html:
-    of = variant.removeprefix("from=").replace(",", ", ")
-    return join(PROTOCOLS.get(protocol, protocol), tag("span", of, css="note") if of else "")
+def _parts(protocol: str) -> tuple[str, str]:
+    """`matched_negatives:zlib_bytes,teacher_ppl` and `other_student:students/x`: its name, and what follows."""
+    name, _, of = protocol.removesuffix(OVER_TRIALS).partition(":")
+    return name, of
+
+
+def _protocol(protocol: str) -> Html:
+    name, of = _parts(protocol)
+    if name == "matched_negatives":
+        of = ", ".join(map(feature_words, of.split(","))) if of else ""
+    return join(PROTOCOLS.get(name, name), tag("span", of, css="note") if of else "")
 
 
 def _measure(measure: str) -> str:
-    name = measure.removesuffix(OVER_TRIALS)
-    return NAMES.get(name, name.replace("_", " ").capitalize())
+    return NAMES.get(measure, measure.replace("_", " ").capitalize())
 
 
 def _n(frame: pd.DataFrame) -> str:
@@ -176,7 +185,7 @@ def _n(frame: pd.DataFrame) -> str:
 def _weights(results: Results, frame: pd.DataFrame, setting: str) -> Html:
     rows = [{
         "Student": r.student, "Feature": feature_words(r.feature), "Of": feature_words(r.features),
-        "Tested on": _protocol(r.protocol, parse(r.measure).rest), "What": r.kind.capitalize(),
+        "Tested on": _protocol(r.protocol), "What": r.kind.capitalize(),
         "Value": short_measured(r.value, r.ci_low, r.ci_high), "n": f"{r.n:,.0f}" if finite(r.n) else "–",
         "Seed": r.seed,
     } for r in frame.itertuples()]  # fmt: skip
@@ -213,6 +222,6 @@ def _loop_cell(name: str, rows: pd.DataFrame) -> Html:
         return text("–")
     r = next(rows.itertuples())
     points = name.startswith("difference")
-    if name == "removed":  # a decision, not an estimate
+    if name.startswith("removed"):  # a decision, not an estimate
         return join(f"{percent(r.value)}{NBSP}%", tag("span", count_of(r.value, r.n, r.seed), css="note"))
     return share(r.value, r.ci_low, r.ci_high, "" if points else count_of(r.value, r.n, r.seed), points=points)

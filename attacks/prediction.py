@@ -148,10 +148,13 @@ def _interval(key: tuple[str, str, str], each: list[Measured], n: int) -> Interv
     noise = float(np.mean([m.noise for m in each])) / len(each)
     within, df = max(float(draws.var(ddof=1)) - noise, 0.0), np.inf
     mean = over_seeds(values, within) if len(each) > 1 else SeedMean(values[0], float(np.sqrt(within)), df)
+    found = difference(mean.value, mean.se, df=mean.df)
     if key[2].startswith("coefficient:"):
-        found = difference(mean.value, mean.se, df=mean.df)
         return Interval(found.value, found.low, found.high)
-    return logit_interval(mean.value, mean.se, n, n, df=mean.df)
+    if mean.se < 1e-12 or mean.value in (0.0, 1.0):
+        return logit_interval(mean.value, mean.se, n, n, df=mean.df)  # its exact bounds
+    # Not on the logit's scale: beside 1 a spread of a few points becomes an interval from 0 to 1 there.
+    return Interval(found.value, max(found.low, 0.0), min(found.high, 1.0))
 
 
 # --- one student and seed ---------------------------------------------------------------------------------------------

@@ -133,6 +133,27 @@ def get_config() -> ConfigDict:
             stride=10,  # tokens between these windows
         )
     )
+    config.whitebox = ConfigDict(  # attacks that need the weights; they cost passes, so that nothing is chosen here
+        dict(
+            runs=(),  # whose weights are looked into, with all that they are compared with, e.g. "students/kd"
+            forms=("noise", "swap", "lens", "gradient"),  # noise: MoPe and per block
+            roles=("private", "heldout"),
+            examples=1000,  # a role, the first by seeded hash; 0 = all
+            draws=10,  # of noise, the same for all examples and all blocks
+            sigma=0.01,  # of the noise on every weight
+            relative_sigma=0.05,  # of the noise on a block, over the root mean square of its weights
+            batch_rows=8,  # packed rows a pass
+        )
+    )
+    config.shadow = ConfigDict(  # chains teacher -> student on random halves of private and heldout: LiRA, RMIA
+        dict(
+            design="none",  # none | full | cheap (one pair of teachers, many students) | two_by_two
+            chains=16,  # full: even; two_by_two: a multiple of 4; cheap: 2 teachers with so many students in all
+            records=0,  # of private and heldout, by seeded hash; 0 = all
+            student="students/kd",  # the run that each chain repeats, its teacher with it
+            way="auto",  # how chains run: auto | loop | map | vmap
+        )
+    )
     config.attack = ConfigDict(
         dict(
             primary="loss",  # named beforehand; all others are secondary

@@ -10,7 +10,7 @@ Legend: B batch, T time, N heads, K key/value heads, G heads per key/value head,
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +181,8 @@ class Transformer(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         remat: bool = False,
         dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
+        tap: Callable[[jax.Array], Any] | None = None,
+    ) -> jax.Array | tuple[jax.Array, Any]:
         """The states that enter the head, [B, T, E] in `dtype`, after the final norm and projection.
 
         tokens, segment_ids, positions: int32 [B, T]. A token sees itself and earlier tokens of its own segment;
@@ -190,6 +191,8 @@ class Transformer(nnx.Module):
         remat: keep nothing but each layer's input for the backward pass; otherwise the results of weight matmuls are
         kept too, and what is cheap (norms, activations, attention weights) is computed again.
         dropout_key: where given, adapters (`kd_jax/lora.py`) drop inputs; a model without them takes no notice.
+        tap: where given, what it makes of the residual stream [B*T, D] that enters each layer and that leaves the last
+        one comes back as well, stacked [L+1, ...]; all that it does not keep is gone with its layer.
         """
         tokens, positions = (jnp.where(segment_ids == 0, 0, array) for array in (tokens, positions))
         x, rotation = self.enter(tokens, positions, dtype)
@@ -205,8 +208,13 @@ class Transformer(nnx.Module):
         policies = jax.checkpoint_policies
         keep = policies.nothing_saveable if remat else policies.dots_with_no_batch_dims_saveable
         blocks = self.blocks if dropout_key is None else with_dropout(self.blocks, dropout_key)
-        x, _ = jax.lax.scan(jax.checkpoint(layer, policy=keep, prevent_cse=False), x, blocks)
-        return self.leave(x).reshape(*tokens.shape, -1)
+        layer = jax.checkpoint(layer, policy=keep, prevent_cse=False)
+        if tap is None:
+            x, _ = jax.lax.scan(layer, x, blocks)
+            return self.leave(x).reshape(*tokens.shape, -1)
+        x, kept = jax.lax.scan(lambda x, block: (layer(x, block)[0], tap(x)), x, blocks)
+        kept = jax.tree.map(lambda before, last: jnp.concatenate([before, last[None]]), kept, tap(x))
+        return self.leave(x).reshape(*tokens.shape, -1), kept
 
     def prefill(
         self, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, *, dtype: DTypeLike = jnp.float32

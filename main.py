@@ -21,12 +21,13 @@ import attacks.audit
 import attacks.prediction
 import attacks.report
 from attacks.tables import TableError
-from kd_jax import experiment, processes, runs, sharding, storage, tables
+from kd_jax import experiment, private, processes, runs, sharding, storage, tables
 from kd_jax.data.records import DataError
 from kd_jax.errors import ConfigError
 from kd_jax.hf import CheckpointError
 from kd_jax.manifest import StaleWork
 from kd_jax.plan import plan
+from kd_jax.shadow import stage as shadow
 from kd_jax.study import Study, open_study
 
 
@@ -49,6 +50,7 @@ STAGES: dict[str, Callable[[Study], object]] = {
     "train": runs.train_runs,
     "score": tables.score_runs,
     "filter": _filter,
+    "shadow": shadow.run_chains,
     "attack": _attack,
     "report": _report,
 }
@@ -78,7 +80,7 @@ def main(_: list[str]) -> None:
     logging.getLogger("absl").setLevel(logging.WARNING)  # libraries report every checkpoint they touch
     os.umask(0o077)  # everything that a run writes is its owner's alone
     config = CONFIG.value
-    default = [name for name in STAGES if name != "filter" or _filtered(config)]
+    default = [name for name in STAGES if not _nothing_for(name, config)]
     chosen = CHOSEN.value or (["train", "score"] if ONLY.value else default)
     everything = not ONLY.value and set(chosen) >= set(default)
     try:
@@ -87,6 +89,7 @@ def main(_: list[str]) -> None:
             return plan.run(config, WORKDIR.value, TOPOLOGY.value)
         workdir = storage.as_path(WORKDIR.value)
         storage.check(workdir)
+        private.warn_of_open(workdir)
         if everything and (last := experiment.last_result(config, workdir)):
             print(f"All done before.\n{last}")
             return
@@ -101,7 +104,9 @@ def main(_: list[str]) -> None:
             processes.check_same(study.data.fingerprints())
             if EXPORT.value:
                 return experiment.export(study, ONLY.value, Path(EXPORT.value))
-            for name in LOOP if "filter" in chosen else ("train", "score"):
+            if "shadow" in chosen:
+                shadow.check(study)
+            for name in (*(LOOP if "filter" in chosen else LOOP[:2]), "shadow"):
                 if name in chosen:
                     STAGES[name](study)
         if not processes.leave():
@@ -123,17 +128,22 @@ def main(_: list[str]) -> None:
         raise
 
 
-def _filtered(config: ConfigDict) -> bool:
-    """Does a run leave out what is found when others are scored?"""
-    return any(run.get("exclude") for run in config.runs.values())
+def _nothing_for(stage: str, config: ConfigDict) -> str:
+    """Why a stage has nothing to do under this config, or ""."""
+    if stage == "filter" and not any(run.get("exclude") for run in config.runs.values()):
+        return "no run of the config has `exclude`, so that there is nothing to filter for"
+    if stage == "shadow" and config.shadow.design == "none":
+        return "config.shadow.design is none, so that there are no chains to train"
+    return ""
 
 
 def _check(config: ConfigDict, chosen: list[str]) -> None:
     """What can be known before any work. Raises ConfigError."""
     if unknown := set(chosen) - {*STAGES, "plan"}:
         raise ConfigError(f"unknown stages {sorted(unknown)}; known: {['plan', *STAGES]}")
-    if "filter" in chosen and not _filtered(config):
-        raise ConfigError("--stages=filter: no run of the config has `exclude`, so that there is nothing to filter for")
+    for name in chosen:
+        if reason := _nothing_for(name, config):
+            raise ConfigError(f"--stages={name}: {reason}")
     if "plan" in chosen and len(chosen) > 1:
         raise ConfigError("--stages=plan stands alone: it neither reads data nor trains")
     if TOPOLOGY.value and chosen != ["plan"]:

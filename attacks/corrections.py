@@ -3,7 +3,8 @@
 One attack per study is named beforehand (`primary`) and keeps its p-value.  The others of the same model, role pair and
 seed are a family: Holm.  And the strongest of all attacks is compared with the strongest of the same attacks when the
 labels are shuffled (statistics.md 8): the greatest of many AUCs is above 0.5 where there is nothing to find.  Attacks
-that read the teacher itself stay outside, on every model: what they find may be the teacher's leak alone.
+that read the teacher itself stay outside, on every model: what they find may be the teacher's leak alone.  The maximum
+is over attacks on the same records; white-box ones, which see a part of them, are in Holm's family only.
 """
 
 import numpy as np
@@ -44,13 +45,19 @@ def _all_seeds(study: Study, at: dict, found: dict[str, dict], shuffled: dict) -
     """Attacks that every seed has, on the same records in every seed: labels are shuffled once for all seeds."""
     whole = {attack: list(of.values()) for attack, of in found.items() if len(of) == len(shuffled)}
     whole = {a: block for a, block in whole.items() if all(same_examples(block[0], sample) for sample in block)}
-    return _family(study, at, whole, {a: np.mean([of[a] for of in shuffled.values()], axis=0) for a in whole})
+    together = [attack for attack in whole if all(attack in of for of in shuffled.values())]
+    return _family(study, at, whole, {a: np.mean([of[a] for of in shuffled.values()], axis=0) for a in together})
 
 
 def _shuffled(permuter: Permuter, samples: dict[str, Sample]) -> dict[str, np.ndarray]:
-    """By attack, its AUC [B] under shuffled labels, the same shuffles for all; `averaged` has them exchanged in one."""
+    """By attack, its AUC [B] under shuffled labels, the same shuffles for all; `averaged` has them exchanged in one.
+
+    Of attacks on different records only those on the most.
+    """
     if not samples:
         return {}
+    most = max(samples.values(), key=lambda sample: len(sample[0].members) + len(sample[0].nonmembers))
+    samples = {attack: sample for attack, sample in samples.items() if same_examples(sample, most)}
     (first, *swap), *_ = samples.values()
     labels = permuter.labels(first.member_ids, first.nonmember_ids, first.groups)
     both = lambda a, b: np.array([np.concatenate([a(sample), b(sample)]) for sample in samples.values()])
@@ -73,11 +80,14 @@ def _family(study: Study, at: dict, blocks: dict[str, list[Sample]], shuffled: d
     correct(others)
     for row in others:
         row |= {"rule": "holm", "family": len(others)}
-    best = max(rows, key=lambda row: row["auc"])
-    greatest = np.max([shuffled[row["attack"]] for row in rows], axis=0)
+    together = [row for row in rows if row["attack"] in shuffled]
+    if not together:
+        return rows
+    best = max(together, key=lambda row: row["auc"])
+    greatest = np.max([shuffled[row["attack"]] for row in together], axis=0)
     reached = np.sum(greatest >= best["auc"] - 1e-12)
     p = float((1 + reached) / (len(greatest) + 1))
-    maximum = {"p_value": None, "p_corrected": p, "rule": "maximum", "family": len(rows)}
+    maximum = {"p_value": None, "p_corrected": p, "rule": "maximum", "family": len(together)}
     return [*rows, best | maximum | {"null_median": float(np.median(greatest))}]
 
 

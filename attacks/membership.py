@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 
 from attacks import against_reference as against
-from attacks import camia, changed_text, fitted, signals, trajectory, twohop
+from attacks import camia, changed_text, fitted, signals, trajectory, twohop, weights
 from attacks.signals import CannotScore
 from attacks.tables import SEGMENTS, Tokens
 
@@ -33,6 +33,7 @@ INPUTS = {
     "neighbours": "Tokens of the scoring variant of this name: of other examples",
     "steps": "[(step, Tokens), ...] of the run's earlier checkpoints, by step",
     "pair": "Tokens of the table of the run beside its teacher",
+    "whitebox": "the Whitebox table of the run, of a part of the records",
     "counts": "how often each token id occurs in the public role [V]",
     "calib_members": "Tokens of the calibration records that the run, or its teacher, was trained on",
     "calib_nonmembers": "Tokens of those that it was not",
@@ -58,6 +59,7 @@ class Attack:
     defaults, are the attack's parameters.  access: what the attacker must have, before the reference.
     needs: the columns it reads.  inputs: of INPUTS.
     text_level: it compares means over texts, so that a reference may have another tokenizer.
+    weights: the columns it reads of the white-box table.
     """
 
     function: Callable[..., np.ndarray]
@@ -65,6 +67,7 @@ class Attack:
     needs: tuple[str, ...]
     inputs: tuple[str, ...] = ()
     text_level: bool = False
+    weights: tuple[str, ...] = ()
 
     @property
     def reference(self) -> bool:
@@ -145,6 +148,11 @@ ATTACKS = {
     "trajectory_area": Attack(trajectory.trajectory_area, "auditor", ("logp",), _STEPS),
     "trajectory_drop": Attack(trajectory.trajectory_drop, "auditor", ("logp",), _STEPS),
     "trajectory_half": Attack(trajectory.trajectory_half, "auditor", ("logp",), _STEPS),
+    # With the weights.
+    "gradient_norm": Attack(weights.gradient_norm, "weights", (), ("whitebox",), weights=("gradient_inf",)),
+    "gradient_global": Attack(weights.gradient_global, "weights", (), ("whitebox",), weights=("gradient_global",)),
+    "mope": Attack(weights.mope, "weights", (), ("whitebox",), weights=("mope",)),
+    "mope_antithetic": Attack(weights.mope_antithetic, "weights", (), ("whitebox",), weights=("mope_antithetic",)),
 }
 # What the first pages of a report show; all others are secondary.
 FIRST = ("loss", "zlib", "min_k", "min_k_plus_plus", "reference", "ratio", "recall", "ez", "wbc")
@@ -230,6 +238,8 @@ def score(attack_id: str, tokens: Tokens, *, cross_tokenizer: bool = False, **in
     chosen = []
     for given in attack.inputs:
         value = inputs[given]
+        if given == "whitebox" and not np.array_equal(value.ids, target.ids):
+            raise DifferentTokens("the white-box table has other examples")
         parts = [part for _, part in value] if given == "steps" else [value] if isinstance(value, Tokens) else []
         parts = [part.select(wanted) for part in parts]
         for part in parts:

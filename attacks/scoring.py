@@ -13,7 +13,8 @@ from attacks.membership import ATTACKS, VARIANTS
 from attacks.resampling import Resampler
 from attacks.signals import CannotScore
 from attacks.study import ATTACKED, MEASURED, Scores, Study, Totals, Unresolved
-from attacks.tables import SEGMENTS, ScoreTable, Tokens, read_counts, read_scores, read_splits
+from attacks.tables import SEGMENTS, ScoreTable, TableError, Tokens, read_counts, read_scores, read_splits
+from attacks.weights import Whitebox, read_whitebox
 
 RELATED = ("reference", "base", "start", "teacher", "teacher_base")  # inputs that are other runs
 COMPARABLE = {"dtype": "precisions", "matmul_precision": "precisions"}
@@ -75,6 +76,8 @@ def _lacks(study: Study, run: str, name: str, counted: bool) -> str | None:
     for given in ATTACKS[name].inputs:
         if given in VARIANTS and not any(given in table.variants for table in tables):
             return f"no table of the scoring variant '{given}'"
+        if given == "whitebox" and (reason := _lacks_weights(tables, ATTACKS[name].weights)):
+            return reason
         if given == "pair" and not _paired(study, run):
             return "no pair tables of students and their teachers (score.pairs)"
         if given == "steps" and not any(_steps(table) for table in tables):
@@ -83,6 +86,15 @@ def _lacks(study: Study, run: str, name: str, counted: bool) -> str | None:
             return "no text/token_counts.npz beside the score tables"
         if given.startswith("calib_") and (study.splits is None or not any("calib" in t.files for t in tables)):
             return "no calibration records with known coins (role 'calib', text/splits.parquet)"
+    return None
+
+
+def _lacks_weights(tables: list[ScoreTable], columns: tuple[str, ...]) -> str | None:
+    found = [table.variants["whitebox"] for table in tables if "whitebox" in table.variants]
+    if not found:
+        return "no white-box table: the weights were not looked into (whitebox.runs)"
+    if absent := sorted(set(columns) - set.union(*(table.columns for table in found))):
+        return f"no {', '.join(absent)} in the white-box table (whitebox.forms)"
     return None
 
 
@@ -128,7 +140,7 @@ class Shelf:
     def __init__(self, study: Study, role: str, counts: np.ndarray | None):
         self.study, self.role, self.counts = study, role, counts
         self.keys = [key for key, table in study.tables.items() if role in table.files]
-        self.held: dict[tuple[Key, str, str], Tokens] = {}
+        self.held: dict[tuple[Key, str, str], object] = {}
         self.fields: dict[Key, set[str]] = {key: set() for key in study.tables}
         self.segments = {SEGMENTS["response"]}
         self.shared: set[Key] = set()
@@ -178,9 +190,19 @@ class Shelf:
             return self.tokens(key, f"pair:{_related(self.study, key[0], 'teacher')}")
         if given == "steps":
             return [(step, self.tokens(key, variant)) for step, variant in _steps(self.study.tables[key])]
+        if given == "whitebox":
+            return self._whitebox(key)
         if given == "counts":
             return self.counts
         return self._calib(key)[given]
+
+    def _whitebox(self, key: Key) -> Whitebox:
+        place = (key, self.role, "whitebox")
+        if place not in self.held:
+            self.held[place] = read_whitebox(self.study.tables[key], self.role)
+        if self.held[place] is None:
+            raise Unresolved(f"the weights of {key[0]}/seed{key[1]} were not looked into on role '{self.role}'")
+        return self.held[place]
 
     def beside(self, key: Key, attack_id: str, given: str) -> Key | None:
         """The run and seed to set beside this one as the attack's input `given`, or None."""
@@ -231,7 +253,17 @@ def _score_run(study: Study, shelf: Shelf, key: Key) -> None:
 
 
 def _alike(tokens: Tokens, role: str, inputs: dict[str, object]) -> tuple[Tokens, dict[str, object]]:
-    """Of the calibration records only those that a variant has: the shots of its own prefix are left out of it."""
+    """Of the calibration records only those that a variant has: the shots of its own prefix are left out of it.
+
+    Of all roles only those whose white-box table the attack needs: passes with other weights are dear.
+    """
+    if "whitebox" in inputs:
+        if unknown := set(inputs["whitebox"].ids) - set(tokens.ids):
+            raise TableError(
+                f"the white-box table of role '{role}' has {len(unknown)} examples that the plain one lacks, the first "
+                f"is {min(unknown)}; score both on the same records"
+            )
+        tokens = tokens.take(np.isin(tokens.ids, inputs["whitebox"].ids))
     for name in VARIANTS if role == "calib" else ():
         if name in inputs and name != "neighbours":
             tokens = tokens.take(np.isin(tokens.ids, inputs[name].ids))

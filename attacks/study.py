@@ -188,7 +188,7 @@ class Study:
         if swap_seed is None:
             raise Unresolved(f"{swap} has no seed {seed}")
         if attack not in self.attacks(swap):
-            raise Unresolved(f"{attack} compares {swap} with itself")
+            raise Unresolved(f"{attack} was not run on {swap}")
         both = [
             self._pair(run, seed, attack, "private-heldout"),
             self._pair(swap, swap_seed, attack, "heldout-private"),

@@ -7,6 +7,7 @@ followed by n non-members, and what the attack takes beside them; with leak=Fals
 import numpy as np
 
 from attacks.tables import Tokens
+from attacks.weights import Whitebox
 
 VOCAB = 400
 COUNTS = np.arange(VOCAB)[::-1]
@@ -201,6 +202,16 @@ def learned_early(rng, n, leak):
     return curve(1.0), {"steps": steps, "start": curve(0.0)}
 
 
+def sharper_and_flatter(rng, n, leak):
+    """Noise on the weights costs a member more, and its gradient is smaller: what is left to learn."""
+    tokens, _ = louder(rng, n, False)
+    member = (np.arange(2 * n) < n) & leak
+    spread = lambda: np.exp(0.3 * rng.normal(size=2 * n))
+    rise, norm = np.where(member, 2.5, 1.0) * spread(), np.where(member, 0.4, 1.0) * spread()
+    columns = {"mope": rise, "mope_antithetic": rise * spread() ** 0.3, "gradient_inf": norm, "gradient_global": norm}
+    return tokens, {"whitebox": Whitebox(tokens.ids, tokens.task, tokens.lengths, columns, ("embedding", "head"), {})}
+
+
 REGIMES = {
     **dict.fromkeys(("loss", "perplexity", "zlib", "min_k", "min_k_plus_plus"), louder),
     **dict.fromkeys(("camia_head", "camia_confident", "camia_diversity"), louder),
@@ -225,4 +236,5 @@ REGIMES = {
     **dict.fromkeys(("two_hop_product", "teacher_shift"), copied_shift),
     "teacher_kl": follows_its_teacher,
     **dict.fromkeys(("trajectory_slope", "trajectory_area", "trajectory_drop", "trajectory_half"), learned_early),
+    **dict.fromkeys(("gradient_norm", "gradient_global", "mope", "mope_antithetic"), sharper_and_flatter),
 }

@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pandas as pd
+import planted_whitebox
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +14,8 @@ from attacks.audit import complete
 from attacks.membership import ATTACKS
 from attacks.scoring import Shelf, load_study
 from attacks.tables import TableError, read_scores
+
+ROLES = ("private", "heldout", "canary")
 
 
 def study_of(folder, **settings):
@@ -29,7 +32,8 @@ def whole(tmp_path_factory):
         world.write("students/kd", {"private": -0.4}, variant=variant, **told)
     for step, share in ((5, 0.5), (10, 1.0)):
         world.write("students/kd", {"private": 0.9 * share}, variant=f"step-{step}", **told)
-    for role in ("private", "heldout", "calib", "canary"):
+    planted_whitebox.write(world, "students/kd", planted_whitebox.leak_in(2, 1), roles=ROLES, **told)
+    for role in (*ROLES, "calib"):
         table = world.table(role, 0.0, 0.3)
         ids = [f"{i}~0" for i in table["example_id"].to_pylist()]
         world.save(table.set_column(0, "example_id", pa.array(ids)), "students/kd", role, variant="neighbours", **told)
@@ -38,7 +42,7 @@ def whole(tmp_path_factory):
 
 def test_variants_are_found_by_metadata(whole):
     table = whole.tables["students/kd", 0]
-    names = {"recall", "recall_members", "lowercase", "neighbours", "step-5", "step-10"}
+    names = {"recall", "recall_members", "lowercase", "neighbours", "step-5", "step-10", "whitebox"}
     assert set(table.variants) == names and not whole.tables["students/gkd", 0].variants
 
 
@@ -47,7 +51,7 @@ def test_every_attack_runs_on_a_student_that_has_everything(whole):
     plan = whole.plan["students/kd"]
     assert {a.partition(":")[0] for a in plan} == {name for name, row in ATTACKS.items() if "pair" not in row.inputs}
     for attack in plan:
-        for role in ("private", "heldout", "canary"):
+        for role in ROLES:
             key = ("students/kd", 0, attack, role)
             assert key in whole.scores, (key, whole.missing.get(key))
             assert not np.isnan(whole.scores[key].values).any(), key
@@ -60,7 +64,7 @@ def test_what_a_table_does_not_allow_is_one_line_a_reason(whole):
     recall = rows["no table of the scoring variant 'recall'"]
     assert recall["attacks"] == "recall, con_recall" and "students/gkd" in recall["models"]
     assert "students/kd" not in recall["models"].replace("swap_students/kd", "").split(", ")
-    assert len(rows) <= 5 and all(set(row) == set(recall) for row in rows.values())
+    assert len(rows) <= 6 and all(set(row) == set(recall) for row in rows.values())
     # What has no teacher has no two-hop score, which needs no word; the null model takes the students'.
     assert "two_hop_slope" not in whole.plan["direct"] and not any("two_hop" in row["attacks"] for row in rows.values())
     assert "two_hop_slope" in whole.plan["null"]

@@ -3,7 +3,9 @@
 membership.csv  differences.csv  gates.csv  utility.csv  roc.parquet  summary.json, and where there is something to say
 attacks.csv  tasks.csv  decisions.csv  agreement.csv  supervision.csv  alpha.csv  exposure.csv  dataset.csv
 memorization.csv  inheritance.csv  mechanism.csv  prediction.csv  disagreement.csv  claims.csv
+blocks.csv  shadow.csv  counterfactual.csv  epsilon.csv
 vulnerable.parquet  ledger.parquet  extraction.parquet  mechanism_points.parquet  disagreement_examples.parquet
+counterfactual.parquet  influence.parquet
 """
 
 import json
@@ -16,16 +18,22 @@ import pandas as pd
 from attacks import (
     agreement,
     alpha,
+    blocks,
+    counterfactual,
     dataset_inference,
     disagreement,
+    epsilon,
     exposure,
+    influence,
     inheritance,
     mechanism,
     memorization,
     prediction,
+    shadow,
     supervision,
     trends,
 )
+from attacks.chains import Chains, read_chains
 from attacks.corrections import attack_rows, corrected_facts
 from attacks.cuts import Memorized
 from attacks.decisions import decision_facts, decision_rows
@@ -88,8 +96,19 @@ OPTIONAL = {
     "prediction": prediction.COLUMNS,
     "disagreement": disagreement.COLUMNS,
     "claims": trends.COLUMNS,
+    "blocks": blocks.COLUMNS,
+    "shadow": shadow.COLUMNS,
+    "counterfactual": counterfactual.COLUMNS,
+    "epsilon": epsilon.COLUMNS,
 }
-PER_EXAMPLE = ("vulnerable", "extraction", "mechanism_points", "disagreement_examples")  # frames that may be empty
+PER_EXAMPLE = (  # frames that may be empty
+    "vulnerable",
+    "extraction",
+    "mechanism_points",
+    "disagreement_examples",
+    "counterfactual",
+    "influence",
+)
 
 
 def audit(scores_dir: str | Path, out_dir: str | Path, settings: dict) -> dict:
@@ -99,6 +118,7 @@ def audit(scores_dir: str | Path, out_dir: str | Path, settings: dict) -> dict:
     `unresolved` in the summary.  Raises TableError on tables that cannot be read, ValueError on unknown settings.
     """
     study = load_study(scores_dir, complete(settings, scores_dir))
+    chains = read_chains(scores_dir)
     blind = run_blind(study, scores_dir, "private-heldout")
     membership, differences = membership_rows(study), difference_rows(study)
     gates = [
@@ -116,7 +136,9 @@ def audit(scores_dir: str | Path, out_dir: str | Path, settings: dict) -> dict:
     tables["agreement"], tables["supervision"] = agreement.rows(study), supervision.rows(study)
     tables["alpha"] = alpha.curve(study, membership, tables["agreement"], tables["supervision"])
     tables["exposure"], tables["dataset"] = exposure.exposure_rows(study), dataset_inference.dataset_rows(study)
-    memory, examples = _memorization(study)
+    tables["blocks"], tables["epsilon"] = blocks.rows(study), epsilon.rows(study, chains)
+    memory, examples = _memorization(study, tables["exposure"])
+    many, more = _chains(study, chains)
     ledger = read_ledgers(study)
     summary = summarize(study, scores_dir, membership, differences, gates, blind) | {
         "ledger": ledger_facts(ledger),
@@ -127,19 +149,24 @@ def audit(scores_dir: str | Path, out_dir: str | Path, settings: dict) -> dict:
         "near_duplicates": duplicate_facts(gates),
         "exposure": exposure.exposure_facts(tables["exposure"]),
         "claims": trends.claim_words(memory["claims"]),
+        "blocks": blocks.facts(study, tables["blocks"]),
+        "epsilon": epsilon.words(tables["epsilon"], study.settings["primary"]),
+        "shadow": shadow.facts(many["shadow"]),
     }
-    summary["unresolved"] += _reasons([*tables["agreement"], *tables["supervision"], *chain(*memory.values())])
+    apart = (tables[name] for name in ("agreement", "supervision", "blocks", "epsilon"))
+    summary["unresolved"] += _reasons([*chain(*apart, *memory.values(), *many.values())])
     summary["verdicts"] += [*summary["corrected"]["words"], summary["tasks"]["words"]]
     summary["verdicts"] += summary["near_duplicates"]["words"]
     summary["warnings"] += summary["groups"]["words"]
+    summary["not_tested"] += [] if chains else ["attacks by many models (LiRA, RMIA): no shadow chains"]
     frames = {"roc": roc_points(study), "ledger": ledger, "vulnerable": agreement.vulnerable(study)}
-    _write(Path(out_dir), tables | memory, frames | examples)
+    _write(Path(out_dir), tables | memory | many, frames | examples | more)
     summary = _plain(summary)
     (Path(out_dir) / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False), encoding="utf-8")
     return summary
 
 
-def _memorization(study: Study) -> tuple[dict[str, list[dict]], dict[str, pd.DataFrame]]:
+def _memorization(study: Study, exposures: list[dict]) -> tuple[dict[str, list[dict]], dict[str, pd.DataFrame]]:
     """The tables of what is memorized, and its rows per example. Raises ValueError for a cut that no text has."""
     memorized = Memorized(study, [tuple(cut) for cut in study.settings["cuts"]])
     makers = dict(
@@ -148,7 +175,7 @@ def _memorization(study: Study) -> tuple[dict[str, list[dict]], dict[str, pd.Dat
         mechanism=mechanism.rows,
         prediction=prediction.rows,
         disagreement=disagreement.rows,
-        claims=trends.rows,
+        claims=lambda study, memorized: trends.rows(study, memorized, exposures),
     )
     frames = {
         "extraction": memorization.extraction_table(study, memorized),
@@ -156,6 +183,19 @@ def _memorization(study: Study) -> tuple[dict[str, list[dict]], dict[str, pd.Dat
         "disagreement_examples": disagreement.examples(study, memorized),
     }
     return {name: make(study, memorized) for name, make in makers.items()}, frames
+
+
+def _chains(study: Study, chains: Chains | None) -> tuple[dict[str, list[dict]], dict[str, pd.DataFrame]]:
+    """The tables of attacks by many models, and theirs per example; empty where there are no shadow chains."""
+    if chains is None:
+        none = pd.DataFrame()
+        return {"shadow": [], "counterfactual": []}, {"counterfactual": none, "influence": none}
+    tables = {"shadow": shadow.rows(study, chains), "counterfactual": counterfactual.rows(study, chains)}
+    frames = {
+        "counterfactual": counterfactual.examples(study, chains),
+        "influence": influence.influences(study, chains),
+    }
+    return tables, frames
 
 
 def _write(out: Path, tables: dict[str, list[dict]], frames: dict[str, pd.DataFrame | None]) -> None:
@@ -184,7 +224,7 @@ def _reasons(rows: list[dict]) -> list[dict]:
         model = row.get("student") or row.get("model") or row.get("model_a") or "all models"
         at = [row.get(key, "all") for key in ("attack", "role_pair", "task")]
         at[1] = row.get("role", at[1])
-        same = found.setdefault((*at, row["measure"], row["reason"]), {"model": {}, "seed": {}})
+        same = found.setdefault((*at, row.get("measure") or row["metric"], row["reason"]), {"model": {}, "seed": {}})
         same["model"][model] = same["seed"][str(row.get("seed", "all"))] = None
     names = ("attack", "role_pair", "task", "metric", "reason")
     return [

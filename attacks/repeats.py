@@ -1,6 +1,6 @@
 """Is more memorized of what was trained on more often?  Records and canaries by their repeats (see trends.py)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +10,6 @@ from scipy import stats
 from attacks.cuts import Memorized
 from attacks.disagreement import correlation, interval
 from attacks.effects import slope_of, slope_of_share, units
-from attacks.exposure import exposure_rows
 from attacks.measures import blocks, told
 from attacks.overlap import kept, matched_share
 from attacks.statistics import SeedMean, difference, over_seeds
@@ -19,11 +18,11 @@ from attacks.study import Study, Unresolved
 EXPOSURE = "spearman_exposure_repeats"  # of whole answers: it has no cut
 
 
-def repeats_rows(study: Study, memorized: Memorized) -> Iterator[dict]:
+def repeats_rows(exposures: Sequence[dict], study: Study, memorized: Memorized) -> Iterator[dict]:
     """Rows of claims.csv without claim, cut and verdict; none where nothing was trained on more than once."""
     if study.splits is None or "repeats" not in study.splits:
         return
-    yield from _exposure_rows(study)
+    yield from _exposure_rows(study, exposures)
     for run in (run for run in study.runs if not study.provenance(run).get("swap_of")):
         seen = study.trained_on(run)
         private = "" if "private" in seen else ";untrained"
@@ -96,11 +95,9 @@ def _rank(study: Study, ids: np.ndarray, seeds: list[tuple[np.ndarray, np.ndarra
     return numbers | {"p_value": difference(mean.value, max(mean.se, 1e-9), df=mean.df).p}
 
 
-def _exposure_rows(study: Study) -> Iterator[dict]:
+def _exposure_rows(study: Study, exposures: Sequence[dict]) -> Iterator[dict]:
     """Rank correlation of repeats and the exposure of canaries that the run or its teacher was trained on."""
-    if not any(role == "canary" for _, _, role in study.losses):
-        return
-    frame = pd.DataFrame(exposure_rows(study))
+    frame = pd.DataFrame(exposures)
     for run, own in frame.groupby("model", sort=False) if len(frame) else ():
         own = own[own["placement"].isin(study.carried(run)) & (own["repeats"] > 0)]
         each = {seed: part.sort_values("example_id") for seed, part in own.groupby("seed")}

@@ -290,7 +290,8 @@ def _not_tested(study: Study, membership: list[dict]) -> list[str]:
     rates = sorted({metric.removeprefix("tpr_at_fpr_") for metric in few})
     found += [f"TPR at an FPR of {100 * float(rate):g} %: too few non-members" for rate in rates]
     tried = dict.fromkeys(row["attack"] for row in membership)
-    return [*found, f"attacks other than the {len(tried)} of this audit; those that need weights or many models"]
+    beyond = [] if any(row["access"] == "weights" for row in membership) else ["attacks on the weights"]
+    return [*found, *beyond, f"attacks other than the {len(tried)} of this audit"]
 
 
 def group_facts(study: Study) -> dict:

@@ -20,7 +20,8 @@ claims.csv, at the main cut (after an `@`), per seed and over seeds; `value` is 
 models that were trained, not about how they were.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -55,13 +56,14 @@ NOTHING = {
 }
 
 
-def rows(study: Study, memorized: Memorized) -> list[dict]:
-    """Rows of claims.csv; one that could not be computed has a `reason`."""
+def rows(study: Study, memorized: Memorized, exposures: Sequence[dict] = ()) -> list[dict]:
+    """Rows of claims.csv; one that could not be computed has a `reason`. exposures: rows of exposure.csv."""
     if reason := missing(memorized):
         return [{"claim": claim, "measure": claim, "reason": reason} for claim in WORDS]
     cut = memorized.main
     found = []
-    for claim, make in ((CHAIN, _chain_rows), (REPEATS, repeats_rows), (TEMPERATURE, _temperature_rows)):
+    makers = {CHAIN: _chain_rows, REPEATS: partial(repeats_rows, exposures), TEMPERATURE: _temperature_rows}
+    for claim, make in makers.items():
         own = [{"claim": claim, "model_b": "-"} | row for row in make(study, memorized)]
         for row in own:
             name, _, control = row["measure"].partition(";")

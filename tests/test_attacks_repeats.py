@@ -6,7 +6,7 @@ import pytest
 from planted_extractions import extraction, ids_of, planted, row
 from scipy import stats
 
-from attacks import repeats, trends
+from attacks import trends
 from attacks.repeats import armitage
 from attacks.trends import claim_words
 
@@ -59,7 +59,7 @@ def test_canaries_by_repeats():
     assert at["n"] == 32 and at["verdict"] == "yes", "coin 1 and placements that the teacher saw; whole short answers"
 
 
-def test_exposure_by_repeats(monkeypatch):
+def test_exposure_by_repeats():
     rng, n = np.random.default_rng(6), 60
     times = np.tile([1, 4, 16], n // 3)
     ids = ids_of("canary", n)
@@ -69,12 +69,9 @@ def test_exposure_by_repeats(monkeypatch):
         for run in ("teacher", "base_student")
         for i, t in zip(ids, times, strict=True)
     ]
-    monkeypatch.setattr(repeats, "exposure_rows", lambda study: made)
     frame = pd.DataFrame({"example_id": ids, "repeats": times, "coin": 1, "placement": "both"}).set_index("example_id")
     found = {(run, 0, "canary"): extraction(np.zeros(n, bool), role="canary") for run in ("teacher", "base_student")}
-    study, shelf = planted(found, splits=frame)
-    study.losses["teacher", 0, "canary"] = None
-    rows = trends.rows(study, shelf)
+    rows = trends.rows(*planted(found, splits=frame), made)
     at = row(rows, measure="spearman_exposure_repeats")
     want = stats.spearmanr(times, [r["exposure"] for r in made[:n]])
     assert at["model_a"] == "teacher" and at["verdict"] == "yes" and at["n"] == n

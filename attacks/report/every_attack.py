@@ -35,7 +35,8 @@ STRONGEST = (
     "where there is nothing to find: beside it stand the median of the greatest when the labels are shuffled "
     "(members and non-members exchanged at random, the same for all attacks), and the share p of such shuffles that "
     "reach it. Access “auditor”: with other private models at hand. Left out are the two-hop attacks, teacher_shift "
-    "and teacher_kl, which read the teacher itself and may show its leak on any model: read what they show above null."
+    "and teacher_kl, which read the teacher itself and may show its leak on any model: read what they show above null; "
+    "and attacks that saw a part of the records only, as those on the weights may."
 )
 
 

@@ -11,7 +11,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
+from attacks.report.block_figures import draw_blocks
 from attacks.report.canary_figures import draw_exposure
+from attacks.report.chain_figures import draw_chains, draw_effects
 from attacks.report.drawing import (
     CHANCE,
     GREY,
@@ -51,9 +53,9 @@ def draw_all(results: Results) -> dict[str, Picture]:
     """Every figure that the tables allow, by name, in the order of the page.
 
     chain, heatmap, roc, agreement, vulnerable, supervision, alpha, tasks, memorized, repeats, temperature,
-    ranks, coefficients, exposure; of each setting regions-<setting>, mechanism-<setting>, and where it has several
-    students techniques-<setting> and usefulness-<setting>.  Where there are two settings, one for each:
-    heatmap-<setting>; where there are many models or series, several: heatmap-2.
+    ranks, coefficients, blocks, chains, chains-tpr, effects, exposure; of each setting regions-<setting>,
+    mechanism-<setting>, and where it has several students techniques-<setting> and usefulness-<setting>.  Where there
+    are two settings, one for each: heatmap-<setting>; where there are many models or series, several: heatmap-2.
     """
     pictures = {}
     with rc_context(RC):
@@ -68,6 +70,9 @@ def draw_all(results: Results) -> dict[str, Picture]:
             **draw_memorized(results),
             **draw_regions(results),
             **draw_mechanism(results),
+            **draw_blocks(results),
+            **draw_chains(results),
+            "effects": draw_effects(results),
             "exposure": draw_exposure(results),
         }
         for name, parts in drawn.items():

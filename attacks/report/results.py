@@ -12,7 +12,8 @@ from attacks.membership import ATTACKS, FIRST
 TEXT = {"model", "model_a", "model_b", "technique", "setting", "access", "attack", "role_pair", "task", "metric"}
 TEXT |= {"ci_kind", "seed", "gate", "verdict", "measure", "test", "rule", "teacher", "student", "class", "group"}
 TEXT |= {"by_construction", "placement", "example_id"}
-TEXT |= {"role", "baseline", "region", "features", "protocol", "claim"}
+TEXT |= {"role", "baseline", "region", "features", "protocol", "claim", "form", "block"}
+TEXT |= {"source", "method", "strategy", "valid", "conditions", "size", "design", "statistic", "against", "effect"}
 COLUMNS = {
     "membership.csv": "model technique setting access attack role_pair task metric value ci_low ci_high ci_kind "
     "n_members n_nonmembers seed",
@@ -38,8 +39,15 @@ COLUMNS = {
     "prediction.csv": "student setting features protocol measure value ci_low ci_high n seed",
     "mechanism.csv": "student model technique setting group measure role value ci_low ci_high n seed",
     "mechanism_points.parquet": "student model seed example_id group entropy log_p",
+    "blocks.csv": "model technique setting form attack block metric value ci_low ci_high p_value p_corrected sigma "
+    "n_members n_nonmembers seed",
     "disagreement.csv": "model technique setting attack measure value ci_low ci_high n seed",
     "disagreement_examples.parquet": "model seed attack example_id role task membership_rank memorization_rank",
+    "epsilon.csv": "model setting source attack method strategy delta significance epsilon largest least greatest n_in "
+    "n_out trained_models valid conditions seed",
+    "shadow.csv": "model size technique setting design attack statistic against metric value ci_low ci_high p_value "
+    "p_corrected targets references n_members n_nonmembers seed",
+    "counterfactual.csv": "model size technique setting design measure effect role value ci_low ci_high n chains seed",
 }
 # Everything but membership.csv may be absent.
 KINDS = (
@@ -80,7 +88,7 @@ def pooled(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows that speak for a model: seed `all` where several seeds were run, else the seed there is."""
     known = ("model", "model_a", "model_b", "attack", "role_pair", "task", "metric", "measure", "gate")
     known += ("test", "teacher", "student", "rule", "class", "group")
-    known += ("role", "region", "features", "protocol", "claim", "setting")
+    known += ("role", "region", "features", "protocol", "claim", "setting", "form", "block")
     keys = [frame[k] for k in known if k in frame]
     whole = frame["seed"] == "all"
     return frame[whole | ~whole.groupby(keys).transform("any")] if len(frame) else frame
@@ -112,6 +120,10 @@ class Results:
     mechanism_points: pd.DataFrame
     disagreement: pd.DataFrame
     disagreement_examples: pd.DataFrame
+    blocks: pd.DataFrame
+    epsilon: pd.DataFrame
+    shadow: pd.DataFrame
+    counterfactual: pd.DataFrame
 
     @cached_property
     def headline(self) -> dict:

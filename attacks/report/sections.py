@@ -5,12 +5,15 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
+from attacks.report.blocks import blocks_section
 from attacks.report.canaries import canary_texts, exposure_section
+from attacks.report.chains import chain_section, counterfactual_section
 from attacks.report.checks import gate_section, unavailable_section
 from attacks.report.claims import claim_section
 from attacks.report.decisions import dataset_section, decision_section, task_section
 from attacks.report.disagreement import disagreement_section
 from attacks.report.drawing import Picture
+from attacks.report.epsilon import epsilon_section
 from attacks.report.every_attack import attack_section
 from attacks.report.inheritance import agreement_section, alpha_section, supervision_section
 from attacks.report.inherited import inherited_section
@@ -59,12 +62,16 @@ def all_sections(results: Results, pictures: dict[str, Picture], show_canaries: 
         "tasks": ("By task", task_section(results, pictures)),
         "decisions": ("Decisions record by record", decision_section(results)),
         "differences": ("Differences", _differences(results)),
+        "chains": ("Attacks by many models", chain_section(results, pictures)),
+        "blocks": ("Which block carries it", blocks_section(results, pictures)),
+        "epsilon": ("Privacy lower bounds", epsilon_section(results)),
         "claims": ("Memorization: three claims", claim_section(results)),
         "memorized": ("What is memorized", memorized_section(results, pictures)),
         "inherited": ("Inheritance of what is memorized", inherited_section(results, pictures)),
         "prediction": ("Prediction and filter", prediction_section(results, pictures)),
         "mechanism": ("How it is memorized", mechanism_section(results, pictures)),
         "disagreement": ("Membership against memorization", disagreement_section(results, pictures)),
+        "counterfactual": ("Counterfactual memorization", counterfactual_section(results, pictures)),
         "exposure": ("Exposure of canaries", exposure_section(results, pictures)),
         "canaries": ("Canaries", _canaries(results, show_canaries)),
         "dataset": ("The whole set at once", dataset_section(results)),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def main() -> int:
     parser.add_argument("--settings", type=Path, help="JSON file with settings of the audit (keys: attacks/audit.py)")
     parser.add_argument("--headline-model", help="run whose leak is the headline (default: the first student)")
     given = parser.parse_args()
+    os.umask(0o077)  # tables of private records, one row each, are their owner's alone
     try:
         settings = json.loads(given.settings.read_text(encoding="utf-8")) if given.settings else {}
         if given.headline_model:

@@ -5,10 +5,10 @@ In on-policy techniques a member's prompt can act without its response; only thi
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 
+from attacks.parquet import TableError, read_frame, read_schema
 from attacks.study import Study
-from attacks.tables import ScoreTable, TableError
+from attacks.tables import ScoreTable
 
 COLUMNS = (
     "example_id",
@@ -37,9 +37,9 @@ def read_ledgers(study: Study) -> pd.DataFrame | None:
 
 def _read(table: ScoreTable) -> pd.DataFrame:
     path = table.folder / "ledger.parquet"
-    if absent := [column for column in COLUMNS if column not in pq.read_schema(path).names]:
+    if absent := [column for column in COLUMNS if column not in read_schema(path).names]:
         raise TableError(f"{path}: no column {', '.join(absent)}; a ledger has {', '.join(COLUMNS)}")
-    frame = pd.read_parquet(path, columns=list(COLUMNS))
+    frame = read_frame(path, COLUMNS)[list(COLUMNS)]
     frame.insert(0, "model", table.run)
     frame.insert(1, "seed", str(table.seed))
     return frame

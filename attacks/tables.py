@@ -6,7 +6,6 @@ metadata of the file names it.
 SCORES/pairs/<a>__<b>/seed<k>/<role>-00000.parquet: run b beside its teacher a, the variant `pair:<a>` of b.
 """
 
-import json
 import zipfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -17,17 +16,17 @@ from typing import TypeVar
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
+
+from attacks.parquet import TableError, most_bytes, read_frame, read_json, read_metadata, read_schema, read_table
 
 IDENTITY = ("example_id", "role", "task")
 SEGMENTS = {"response": 1, "eos": 2}
 OTHER_FOLDERS = ("plain", "generated", "continued", "pair")  # beside the variants: plain tables, and no score tables
+MOST_IDS = 1 << 24  # token ids of a vocabulary
+MOST_NAME = 256  # characters of an id, a role, a task
 CONTINUED = ("example_id", "decoding", "prefix", "suffix", "target_ids", "generated_ids", "drawn")
 T = TypeVar("T")
-
-
-class TableError(ValueError):
-    """A score table that cannot be audited; the message names the file and what to do."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class ScoreTable:
     @cached_property
     def columns(self) -> set[str]:
         """Columns that the files of every role have."""
-        return set.intersection(*(set(pq.read_schema(paths[0]).names) for paths in self.files.values()))
+        return set.intersection(*(set(read_schema(paths[0]).names) for paths in self.files.values()))
 
     def load(self, role: str, fields: Collection[str]) -> Tokens:
         """Read one role. Of `fields` those that the files have; `segment` always.
@@ -179,7 +178,7 @@ def read_text(scores_dir: str | Path, role: str) -> pd.DataFrame:
     path = Path(scores_dir) / "text" / f"{role}.parquet"
     frame = _by_id(path, ("prompt_ids", "response_ids"))
     for name in ("prompt_ids", "response_ids"):
-        if not frame[name].map(lambda ids: isinstance(ids, np.ndarray)).all():
+        if not frame[name].map(_are_ids).all():
             raise TableError(f"{path}: {name} must be a list of token ids in every row")
     if (few := frame["prompt_ids"].map(len) + frame["response_ids"].map(len) == 0).any():
         raise TableError(f"{path}: {few.sum()} texts without a token, the first is {few.idxmax()}")
@@ -211,14 +210,13 @@ def read_continued(table: ScoreTable, role: str) -> pd.DataFrame | None:
     if (folder / "begun").exists():
         raise TableError(f"{folder}: generation is not finished; run the score stage again")
     for path in paths:
-        schema = _schema(path)
-        if absent := [name for name in CONTINUED if name not in schema.names]:
+        if absent := [name for name in CONTINUED if name not in read_schema(path).names]:
             raise TableError(f"{path}: no column {', '.join(absent)}; a table of continuations has them")
-        told = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+        told = read_metadata(path)
         owner = told.get("run", table.run), told.get("seed", str(table.seed))
         if owner != (table.run, str(table.seed)):
             raise TableError(f"{path}: it says that it belongs to {owner[0]}/seed{owner[1]}, not to {table.name}")
-    frame = pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
+    frame = pd.concat([read_frame(path) for path in paths], ignore_index=True)
     if doubled := int(frame.duplicated(["example_id", "decoding", "prefix", "suffix"]).sum()):
         raise TableError(f"{folder}: {doubled} rows of role '{role}' stand there twice; generate again")
     return frame
@@ -230,27 +228,38 @@ def read_counts(scores_dir: str | Path) -> np.ndarray | None:
     if not path.exists():
         return None
     try:
-        return np.load(path)["counts"]
-    except (KeyError, ValueError, zipfile.BadZipFile):
+        with zipfile.ZipFile(path) as archive:
+            packed = archive.getinfo("counts.npy").file_size
+        if packed > most_bytes():
+            raise TableError(f"{path}: `counts` unpacks to {packed} bytes, a quarter of this machine's memory or more")
+        with np.load(path, allow_pickle=False) as arrays:
+            counts = np.asarray(arrays["counts"])
+    except TableError:
+        raise
+    except Exception:  # an archive, a header that is a Python literal, packed bytes: each fails in its own ways
         raise TableError(f"{path}: no array `counts` in it (np.savez(path, counts=...))") from None
+    if counts.ndim != 1 or counts.dtype.kind not in "iuf" or not (counts >= 0).all():
+        raise TableError(f"{path}: `counts` is {counts.dtype} {counts.shape}, not a number of times for each token id")
+    return counts
 
 
 def _by_id(path: Path, needed: tuple[str, ...]) -> pd.DataFrame:
-    _schema(path)
-    frame = pd.read_parquet(path)
+    frame = read_frame(path)
     if absent := [name for name in ("example_id", *needed) if name not in frame]:
         raise TableError(f"{path}: no column {', '.join(absent)}; it needs example_id, {', '.join(needed)}")
     frame = frame.assign(example_id=frame["example_id"].astype(str)).set_index("example_id")
+    if (longest := frame.index.str.len().max()) > MOST_NAME:
+        raise TableError(f"{path}: an example_id has {longest} characters; names have at most {MOST_NAME}")
     if not frame.index.is_unique:
         raise TableError(f"{path}: {frame.index.duplicated().sum()} duplicate example ids; one row a record is needed")
     return frame
 
 
-def _schema(path: Path) -> pa.Schema:
-    try:
-        return pq.read_schema(path)
-    except (pa.ArrowException, OSError):
-        raise TableError(f"{path}: not a Parquet file, or a damaged one") from None
+def _are_ids(value: object) -> bool:
+    """Is this a list of token ids?"""
+    if not isinstance(value, np.ndarray) or value.ndim != 1:
+        return False
+    return not value.size or (value.dtype.kind in "iu" and 0 <= value.min() and value.max() < MOST_IDS)
 
 
 def _describe(root: Path, folder: Path) -> tuple[ScoreTable, str]:
@@ -258,17 +267,15 @@ def _describe(root: Path, folder: Path) -> tuple[ScoreTable, str]:
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("*.parquet")):
         files.setdefault(path.stem.rsplit("-", 1)[0], []).append(path)
-    told = {
-        path: {k.decode(): v.decode() for k, v in (_schema(path).metadata or {}).items()}
-        for paths in files.values()
-        for path in paths
-    }
+    told = {path: read_metadata(path) for paths in files.values() for path in paths}
     owners = {(meta.get("run"), meta.get("seed"), meta.get("variant")) for meta in told.values()}
     if len(owners) > 1:
         raise TableError(f"{folder}: its files name different runs ({sorted(map(str, owners))}); keep one run a folder")
     meta = next(iter(told.values()))
     if "run" in meta and "seed" in meta:
-        provenance = json.loads(meta.get("provenance", "{}"))
+        provenance = read_json(meta.get("provenance", "{}"), folder, "provenance", dict)
+        if not meta["seed"].isdecimal() or len(meta["seed"]) > 9:
+            raise TableError(f"{folder}: the metadata of its files name no seed: a number is needed")
         table = ScoreTable(meta["run"], int(meta["seed"]), meta.get("step", ""), provenance, files)
         return table, meta.get("variant", folder.name)
     run, seed = folder.parents[1].relative_to(root).as_posix(), folder.parent.name.removeprefix("seed")
@@ -279,7 +286,7 @@ def _describe(root: Path, folder: Path) -> tuple[ScoreTable, str]:
 
 
 def _read(path: Path, role: str, fields: set[str]) -> Tokens:
-    schema = _schema(path)
+    schema = read_schema(path)
     columns = schema.names
     measured = "kl_ab" if "kl_ab" in columns else "logp"  # of a pair of models, of one
     if absent := [c for c in (*IDENTITY, "segment", measured) if c not in columns]:
@@ -290,9 +297,9 @@ def _read(path: Path, role: str, fields: set[str]) -> Tokens:
     for name in ("segment", measured):
         if not _is_list(schema.field(name).type):
             raise TableError(f"{path}: {name} is {schema.field(name).type}, not a list with a number per scored token")
-    table = pq.read_table(path, columns=[*IDENTITY, *(c for c in columns if c in fields)])
-    ids = _text(table, "example_id")
-    if wrong := set(_text(table, "role")) - {role}:
+    table = read_table(path, {*IDENTITY, *fields})
+    ids = _text(table, "example_id", path)
+    if wrong := set(_text(table, "role", path)) - {role}:
         raise TableError(f"{path}: rows of role {', '.join(sorted(wrong))} in a file of role '{role}'")
     offsets = np.zeros(len(ids) + 1, np.int64)
     token, example = {}, {}
@@ -301,7 +308,14 @@ def _read(path: Path, role: str, fields: set[str]) -> Tokens:
         kind = column.type.value_type if _is_list(column.type) else column.type
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
             raise TableError(f"{path}: {name} is {column.type}, not numbers")
-        if not _is_list(column.type):
+        flat = column.flatten() if _is_list(column.type) else column
+        if (
+            column.null_count
+            and (flat is not column or not pa.types.is_floating(kind))
+            or (flat.null_count and not pa.types.is_floating(kind))
+        ):
+            raise TableError(f"{path}: {name} has empty cells; every scored token needs a number")
+        if flat is column:
             example[name] = column.to_numpy(zero_copy_only=False)
             continue
         lengths = np.diff(column.offsets.to_numpy())
@@ -313,16 +327,23 @@ def _read(path: Path, role: str, fields: set[str]) -> Tokens:
                 f"{path}: example {ids[row]} has {lengths[row]} values of {name} and "
                 f"{offsets[row + 1] - offsets[row]} of segment; one per scored token is needed"
             )
-        token[name] = column.flatten().to_numpy(zero_copy_only=False)
-    return Tokens(ids, _text(table, "task"), offsets, token, example)
+        token[name] = flat.to_numpy(zero_copy_only=False)
+    return Tokens(ids, _text(table, "task", path), offsets, token, example)
 
 
 def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
-def _text(table: pa.Table, name: str) -> np.ndarray:
-    return np.asarray(table[name].to_pylist(), str)
+def _text(table: pa.Table, name: str, path: Path) -> np.ndarray:
+    """A column of names as str [n]: an array has the width of its longest, so that one must not be very long."""
+    try:
+        column = table[name].cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        raise TableError(f"{path}: {name} is {table[name].type}, not a text") from None
+    if (longest := pc.max(pc.utf8_length(column)).as_py() or 0) > MOST_NAME:
+        raise TableError(f"{path}: a {name} has {longest} characters; names have at most {MOST_NAME}")
+    return np.asarray(column.to_pylist(), str)
 
 
 def _in_id_order(parts: list[Tokens]) -> Tokens:

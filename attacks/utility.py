@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 
 from attacks.gates import NOT_RUN, gate_row
+from attacks.parquet import TableError, read_frame, read_metadata, read_schema
 from attacks.statistics import Interval, difference, over_seeds
 from attacks.study import Study, Totals
-from attacks.tables import TableError
 
 UNDERTRAINED = "undertrained: a low leak is no evidence"
 LOSSES = {"dev": ("dev_loss", "perplexity"), "heldout": ("heldout_loss", "heldout_perplexity")}
@@ -109,14 +108,13 @@ def _means(path: Path, run: str, seed: int) -> pd.DataFrame:
     """Mean over the sampling seeds of each example, in the order of the ids."""
     if (path.parent / "begun").exists():
         raise TableError(f"{path.parent}: generation is not finished; run the score stage again")
-    schema = pq.read_schema(path)
-    if absent := [column for column in ("example_id", "seed", *GENERATED) if column not in schema.names]:
+    if absent := [column for column in ("example_id", "seed", *GENERATED) if column not in read_schema(path).names]:
         raise TableError(f"{path}: no column {', '.join(absent)}; a table of generated responses has them")
-    told = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+    told = read_metadata(path)
     owner = told.get("run", run), told.get("seed", str(seed))
     if owner != (run, str(seed)):
         raise TableError(f"{path}: it says that it belongs to {owner[0]}/seed{owner[1]}, not to {run}/seed{seed}")
-    frame = pd.read_parquet(path)
+    frame = read_frame(path)
     if frame.empty:
         raise TableError(f"{path}: no rows; generate again or remove the file")
     if doubled := int(frame.duplicated(["example_id", "seed"]).sum()):

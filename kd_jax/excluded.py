@@ -7,6 +7,7 @@ The manifest beside it says which models it was made from.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -84,18 +85,22 @@ def inside(example_ids: np.ndarray, record_ids: np.ndarray, ids: Collection[str]
 
 
 def _read(path: Path, column: str, key: str, known: Collection[str]) -> frozenset[str]:
+    wanted = ["example_id", *filter(None, [column])]
     try:
-        table = pq.read_table(storage.readable(path))
-    except pa.ArrowException as error:
+        if absent := set(wanted) - set(names := pq.read_schema(storage.readable(path)).names):
+            raise DataError(f"{key}: {path} has no column {', '.join(sorted(absent))}; it has {names[:20]}")
+        table = pq.read_table(storage.readable(path), columns=wanted)
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, MemoryError) as error:
         raise DataError(f"{key}: {path} is not a Parquet file, or a damaged one") from error
-    if absent := {"example_id", *filter(None, [column])} - set(table.column_names):
-        raise DataError(f"{key}: {path} has no column {', '.join(sorted(absent))}; it has {table.column_names}")
     if column and not pa.types.is_boolean(table[column].type):
         raise DataError(f"{key}: {column} in {path} is {table[column].type}, not true or false")
     chosen = table.filter(table[column].fill_null(False)) if column else table
     ids = frozenset(chosen["example_id"].cast(pa.string()).to_pylist())
     if unknown := sorted(ids - set(known)):
+        first = next((name for name in unknown if re.fullmatch(r"[0-9a-f]{16}([.#]\d+)?", name)), "")
         raise DataError(
-            f"{key}: {len(unknown)} of {len(ids)} ids in {path} are of no record here, the first is {unknown[0]}"
+            f"{key}: {len(unknown)} of {len(ids)} ids in {path} are of no record here, "
+            + (f"the first is {first}" if first else "and they do not look like ids")  # they may be text
         )
     return ids

@@ -5,6 +5,7 @@ This is the only place that knows families. Reading and writing go through the s
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -94,6 +95,12 @@ VALUES = {
     },
     "norm_placement": {True: "pre", False: "post"},
 }
+
+# The largest size that is believed; products of them, which are the shapes of arrays, stay under 2^63.
+LARGEST = dict.fromkeys(("vocab_size", "max_positions"), 1 << 24) | dict.fromkeys(
+    ("width", "mlp", "embed_dim"), 1 << 20
+)
+LARGEST |= dict.fromkeys(("heads", "kv_heads", "head_dim"), 1 << 14) | {"layers": 1 << 12}
 
 _KEYS = {
     "vocab_size": "vocab_size",
@@ -265,9 +272,16 @@ FAMILIES: dict[str, Family] = {
 def family_of(config: Mapping[str, Any]) -> Family:
     """The table of a `config.json`; raises CheckpointError, which lists what is supported, if there is none."""
     name = config.get("model_type")
-    if name not in FAMILIES:
-        raise CheckpointError(f"config.json: model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
+    if not isinstance(name, str) or name not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise CheckpointError(f"config.json: model_type {shown(name)} is not supported; supported: {known}")
     return FAMILIES[name]
+
+
+def shown(value: object, most: int = 100) -> str:
+    """`repr` of what a file says, cut where it is long: a message is to be read."""
+    text = repr(value[:most] if isinstance(value, str) else value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
@@ -278,17 +292,23 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     family = family_of(config)
     for key, value in family.required.items():
         if config.get(key, value) != value:
-            raise CheckpointError(f"config.json: {key}={config[key]!r} is not supported, only {value!r}")
+            raise CheckpointError(f"config.json: {key}={shown(config[key])} is not supported, only {value!r}")
     fields = dict(family.features)
     for field, key in family.keys.items():
         value = config.get(key)
         if value is None:
             continue
         if field in VALUES:
-            if value not in VALUES[field]:
+            if not isinstance(value, str | bool) or value not in VALUES[field]:
                 known = ", ".join(map(repr, VALUES[field]))
-                raise CheckpointError(f"config.json: {key}={value!r} is not supported; supported: {known}")
+                raise CheckpointError(f"config.json: {key}={shown(value)} is not supported; supported: {known}")
             value = VALUES[field][value]
+        elif field in LARGEST:
+            value = _size(key, value, LARGEST[field])
+        elif field == "norm_eps":
+            value = _number(key, value)
+        elif not isinstance(value, bool):
+            raise CheckpointError(f"config.json: {key}={shown(value)}; it must be true or false")
         fields[field] = value
     if config["model_type"] == "gpt2" and "width" in fields:
         fields.setdefault("mlp", 4 * fields["width"])  # what n_inner = null means
@@ -297,7 +317,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
             raise CheckpointError(f"config.json has no {family.keys[field]!r}")
     fields.setdefault("embed_dim", fields["width"])
     fields.setdefault("kv_heads", fields["heads"])
-    fields.setdefault("head_dim", fields["width"] // fields["heads"])
+    fields.setdefault("head_dim", max(1, fields["width"] // fields["heads"]))
     if family.rotary_fraction is not None:
         fields.update(_rope(config, fields["head_dim"], family.rotary_fraction))
     _refuse_sliding_window(config)
@@ -307,24 +327,39 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(f"config.json: {error}") from error
 
 
+def _size(key: str, value: object, largest: int) -> int:
+    if type(value) is not int or not 1 <= value <= largest:
+        raise CheckpointError(f"config.json: {key}={shown(value)}; it must be a whole number from 1 to {largest}")
+    return value
+
+
+def _number(key: str, value: object, most: float = 1e30) -> float:
+    if type(value) not in (int, float) or not (0 < value <= most and math.isfinite(value)):
+        raise CheckpointError(f"config.json: {key}={shown(value)}; it must be a number above 0, at most {most:g}")
+    return float(value)
+
+
 def _rope(config: Mapping[str, Any], head_dim: int, fraction: float) -> dict[str, Any]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise CheckpointError(f"config.json: rope_parameters={shown(rope)}; it must be an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise CheckpointError(f"config.json: rope scaling of type {kind!r} is not supported, only 'default'")
+        raise CheckpointError(f"config.json: rope scaling of type {shown(kind)} is not supported, only 'default'")
     found, theta = {**config, **rope}, 10_000.0
     for key in ("rotary_emb_base", "rope_theta"):
-        theta = found[key] if found.get(key) is not None else theta
+        theta = _number(key, found[key]) if found.get(key) is not None else theta
     for key in ("rotary_pct", "partial_rotary_factor"):
-        fraction = found[key] if found.get(key) is not None else fraction
-    return {"rope_theta": float(theta), "rotary_dim": int(head_dim * fraction)}
+        fraction = _number(key, found[key], most=1.0) if found.get(key) is not None else fraction
+    return {"rope_theta": theta, "rotary_dim": int(head_dim * fraction)}
 
 
 def _refuse_sliding_window(config: Mapping[str, Any]) -> None:
-    if config.get("layer_types") is not None:
-        slides = any(kind != "full_attention" for kind in config["layer_types"])
+    kinds, first = config.get("layer_types"), config.get("max_window_layers")
+    if kinds is not None:
+        slides = not isinstance(kinds, list | tuple) or any(kind != "full_attention" for kind in kinds)
     elif slides := config.get("use_sliding_window") and config.get("sliding_window"):
-        slides = config["num_hidden_layers"] > (config.get("max_window_layers") or 0)
+        slides = type(first) is not int or config["num_hidden_layers"] > first
     if slides:
         raise CheckpointError("config.json: attention over a sliding window (layer_types) is not supported")
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import safetensors
 import safetensors.numpy
 from jax.typing import DTypeLike
 
-from kd_jax.families import FAMILIES, CheckpointError, Family, Row, config_from_hf, config_to_hf, family_of
+from kd_jax.families import FAMILIES, CheckpointError, Family, Row, config_from_hf, config_to_hf, family_of, shown
 from kd_jax.transformer import ModelConfig, Transformer
 
 __all__ = ["FAMILIES", "CheckpointError", "config_from_hf", "config_to_hf", "load_pretrained", "save_pretrained"]
@@ -30,6 +31,8 @@ __all__ = ["FAMILIES", "CheckpointError", "config_from_hf", "config_to_hf", "loa
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
 FLOATS = ("F64", "F32", "F16", "BF16")
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+MOST_BYTES = 32 << 20  # of a JSON file, and of the header of a safetensors file, which is JSON too
 CONVERT = (
     'convert it once, where PyTorch is installed and you trust the file: python -c "from transformers import '
     "AutoModelForCausalLM as M; M.from_pretrained('{source}').save_pretrained('NEW_FOLDER')\""
@@ -56,6 +59,8 @@ def load_pretrained(
     family, cfg = family_of(config), config_from_hf(config)
     if dtype is None:
         dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{folder / 'config.json'}: dtype={shown(dtype)}; it must be of {', '.join(DTYPES)}")
     dtype = jnp.dtype(dtype)
     place = place or (lambda path, array: jnp.asarray(array))
     abstract = jax.eval_shape(lambda key: Transformer(cfg, key), jax.random.key(0))
@@ -90,7 +95,9 @@ def read_config(path_or_hub_id: str | os.PathLike[str], *, revision: str | None 
 
 def read_family(path_or_hub_id: str | os.PathLike[str], *, revision: str | None = None) -> str:
     """The family (`model_type`) of the model in a folder or under a hub id."""
-    return _read_json(_find_folder(path_or_hub_id, revision) / "config.json")["model_type"]
+    config = _read_json(_find_folder(path_or_hub_id, revision) / "config.json")
+    family_of(config)
+    return config["model_type"]
 
 
 def _dotted(path: tuple) -> str:
@@ -124,14 +131,16 @@ def _open_tensors(
     """Opens the files (memory-mapped, nothing read yet): the name in our table -> (open file, name in that file)."""
     tensors: dict[str, tuple[Any, str]] = {}
     for path in _tensor_files(folder):
+        _check_header(path)
         try:
             file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
         except (OSError, safetensors.SafetensorError) as error:
-            raise CheckpointError(f"{path}: not a readable safetensors file ({error}); download it again") from error
+            reason = shown(str(error), 200)
+            raise CheckpointError(f"{path}: not a readable safetensors file ({reason}); download it again") from None
         for stored in file.keys():
             name = stored if stored.startswith(family.base) or stored == family.head else family.base + stored
             if name in tensors:
-                raise CheckpointError(f"{path}: tensor {stored!r} is in this checkpoint twice")
+                raise CheckpointError(f"{path}: tensor {shown(stored)} is in this checkpoint twice")
             if not re.fullmatch(family.ignored, name):
                 tensors[name] = (file, stored)
     if cfg.tie_embeddings and family.head in tensors:
@@ -140,13 +149,39 @@ def _open_tensors(
     return tensors
 
 
+def _check_header(path: Path) -> None:
+    """What the library leaves open: of two tensors with one name it takes the last, other readers the first."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        text = file.read(size) if size <= MOST_BYTES else b""
+    if size > MOST_BYTES:
+        raise CheckpointError(f"{path}: a header of {size} bytes; at most {MOST_BYTES} are read. Download it again")
+    doubled: list[str] = []
+
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            doubled.extend(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        return found
+
+    with contextlib.suppress(ValueError, RecursionError):  # no JSON: the library says so itself
+        json.loads(text, object_pairs_hook=distinct)
+    if doubled:
+        raise CheckpointError(f"{path}: its header has {_some(doubled)} twice; download it again")
+
+
 def _tensor_files(folder: Path) -> list[Path]:
+    """The files of a folder. An index names files beside it alone: it may have come from somebody else."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
+    if single.is_file():
         return [single]
-    if index.exists():
-        files = [folder / name for name in sorted(set(_read_json(index).get("weight_map", {}).values()))]
-        missing = [path.name for path in files if not path.exists()]
+    if index.is_file():
+        names = _read_json(index).get("weight_map")
+        names = names.values() if isinstance(names, dict) else ()
+        if bad := [n for n in names if not isinstance(n, str) or not re.fullmatch(r"[\w.-]+\.safetensors", n, re.A)]:
+            raise CheckpointError(f"{index}: {shown(bad[0])} is not the name of a safetensors file in this folder")
+        files = [folder / name for name in sorted(set(names))]
+        missing = [path.name for path in files if not path.is_file()]
         if missing or not files:
             raise CheckpointError(f"{index}: names no file, or files that are not there: {_some(missing)}")
         return files
@@ -170,9 +205,9 @@ def _check_tensors(folder: Path, tensors: Mapping[str, tuple[Any, str]], rows: l
         header = file.get_slice(stored)
         if tuple(header.get_shape()) != expected[name]:
             found, wanted = tuple(header.get_shape()), expected[name]
-            raise CheckpointError(f"{folder}: tensor {stored!r} has shape {found}, config.json asks for {wanted}")
+            raise CheckpointError(f"{folder}: tensor {shown(stored)} has shape {found}, config.json asks for {wanted}")
         if header.get_dtype() not in FLOATS:
-            raise CheckpointError(f"{folder}: tensor {stored!r} is {header.get_dtype()}; only {FLOATS} are read")
+            raise CheckpointError(f"{folder}: tensor {shown(stored)} is {header.get_dtype()}; only {FLOATS} are read")
 
 
 def _read_row(
@@ -188,16 +223,22 @@ def _read_row(
 
 
 def _some(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    listed = [name if name.isprintable() and len(name) <= 100 else shown(name) for name in names[:most]]
+    return ", ".join(listed) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise CheckpointError(f"{path}: {size} bytes; at most {MOST_BYTES} are read")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({shown(str(error), 200)})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a JSON object but a {type(content).__name__}")
+    return content
 
 
 def _find_folder(path_or_hub_id: str | os.PathLike[str], revision: str | None) -> Path:
@@ -247,7 +288,7 @@ def save_pretrained(
     token_ids: Mapping[str, int] | None = None,
     shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a folder that `transformers.AutoModelForCausalLM` opens; it appears whole or not at all.
+    """Writes a folder that `transformers.AutoModelForCausalLM` opens; it appears whole or not at all, for its owner.
 
     family: a key of FAMILIES that can express the model's config. The arrays must be addressable from this process.
     tokenizer_files: copied beside the weights. token_ids: `bos_token_id` and the like for `config.json`.
@@ -262,12 +303,15 @@ def save_pretrained(
     rows = _expected_rows(FAMILIES[family], model)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(mode=0o700)
     try:
         _write_tensors(partial, _tensors_to_write(rows, leaves, model.cfg), shard_bytes)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for file in tokenizer_files or ():
             shutil.copy2(file, partial)
+        for file in partial.iterdir():
+            file.chmod(0o600)
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -7,11 +7,13 @@ downstream depends on the order of the file that a record came from.
 import gzip
 import hashlib
 import json
+import os
 import re
+import resource
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -83,6 +85,8 @@ def load(
         raise DataError(f"{name}: no records in it")
 
     flat = [pair for place, record in raw for pair in _flatten(place, record, all_references)]
+    if not flat:
+        raise DataError(f"{name}: no record has an instance")
     names = _field_names(flat, format, dict(fields or {}), group_key)
     rows = [row for place, record in flat if (row := _row(place, record, names, group_key, stem)) is not None]
     if not rows:
@@ -132,47 +136,97 @@ def uniform(seed: int, purpose: str, keys: Iterable[str]) -> np.ndarray:
 # --- Reading: (place, raw record) pairs, where a place is "file:line" ---
 
 
-def _read_file(path: Path, text_unit: str) -> Iterator[tuple[str, dict]]:
-    kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".txt": _read_txt, ".parquet": _read_parquet}
-    if kind not in readers or (kind == ".parquet" and path.suffix == ".gz"):
-        raise DataError(f"{path}: cannot tell the format; supported are .jsonl .json .txt (each also .gz) and .parquet")
+def most_bytes() -> int:
+    """The largest data file that is read, unpacked: a quarter of the memory that this process may have.
+
+    Files are read whole, and their bytes, their text and their records are in memory at once.
+    """
+    own, _ = resource.getrlimit(resource.RLIMIT_AS)
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (machine if own == resource.RLIM_INFINITY else min(own, machine)) // 4
+
+
+def read_text(path: Path, most: int | None = None) -> str:
+    """The text of a UTF-8 file, packed or not; at most `most` bytes (default `most_bytes()`), counted unpacked.
+
+    Raises DataError on a missing, broken or larger file, and on other bytes than UTF-8.
+    """
+    most = most_bytes() if most is None else most
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    if kind == ".parquet":
-        return _read_parquet(path)
     try:
-        # newline="\n": a record may hold other line separators, which are not ours to split at.
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            text = file.read()
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            return _read_bytes(path, file, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: broken gzip file ({error})") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except MemoryError:
+        raise _too_large(path, most) from None
+
+
+def _read_bytes(path: Path, file: BinaryIO, most: int) -> bytes:
+    """In pieces: what a packed file unpacks to is known only when it is unpacked."""
+    pieces, size = [], 0
+    while piece := file.read(1 << 20):
+        size += len(piece)
+        if size > most:
+            raise _too_large(path, most)
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _too_large(path: Path, most: int) -> DataError:
+    return DataError(f"{path}: more than {most / 2**20:.0f} MiB, the most that is read here: split it, or take a part")
+
+
+def _read_file(path: Path, text_unit: str) -> Iterator[tuple[str, dict]]:
+    kind = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".txt": _read_txt, ".parquet": _read_parquet}
+    if kind not in readers or (kind == ".parquet" and path.suffix == ".gz"):
+        raise DataError(f"{path}: cannot tell the format; supported are .jsonl .json .txt (each also .gz) and .parquet")
+    if kind == ".parquet":
+        return _read_parquet(path)
+    text = read_text(path)  # split at "\n" alone: a record may hold other line separators, which are not ours
     return _read_txt(path, text, text_unit) if kind == ".txt" else readers[kind](path, text)
 
 
-def _parse(text: str, place: str, first_line: int = 1) -> Any:
+def parse_json(text: str, place: str, first_line: int = 1) -> Any:
+    """The value of a JSON text. Raises DataError that names `place` and line, and quotes no text."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_distinct)
     except json.JSONDecodeError as error:  # its message does not quote the text
         line = first_line + error.lineno - 1
         raise DataError(f"{place}:{line}: broken JSON ({error.msg}, column {error.colno})") from None
     except RecursionError:
         raise DataError(f"{place}:{first_line}: JSON nested too deeply") from None
+    except ValueError:
+        raise DataError(f"{place}:{first_line}: a number of more digits than are read") from None
+    except _Doubled:
+        raise DataError(f"{place}:{first_line}: a JSON object has a key twice: which one counts is not known") from None
+
+
+class _Doubled(Exception):
+    """Of two values with one key this parser takes the last, others the first."""
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Doubled
+    return found
 
 
 def _read_jsonl(path: Path, text: str) -> Iterator[tuple[str, dict]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield f"{path.name}:{number}", _parse(line, path.name, number)
+            yield f"{path.name}:{number}", parse_json(line, path.name, number)
 
 
 def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict]]:
-    data = _parse(text, path.name)
+    data = parse_json(text, path.name)
     for number, record in enumerate(data if isinstance(data, list) else [data], 1):
         yield f"{path.name}: record {number}", record
 
@@ -204,9 +258,26 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    most, size, rows = most_bytes(), 0, []
     try:
-        rows = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError):
+        with pq.ParquetFile(path) as file:
+            if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
+                raise DataError(f"{path}: two columns have one name: which one counts is not known")
+            for batch in file.iter_batches(batch_size=1024):  # what it unpacks to stands nowhere that can be trusted
+                batch.validate(full=True)
+                packed = map(pa.types.is_dictionary, batch.schema.types)  # one text for many rows
+                columns = [c.dictionary_decode() if p else c for c, p in zip(batch.columns, packed, strict=True)]
+                size += sum(column.nbytes for column in columns)
+                if size > most:
+                    raise _too_large(path, most)
+                rows += pa.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
+    except MemoryError:  # pyarrow's own is one of these too
+        raise _too_large(path, most) from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{path}: not a Parquet file, or a damaged one") from None
     return ((f"{path.name}: row {number}", row) for number, row in enumerate(rows, 1))
 
@@ -237,8 +308,10 @@ def _flatten(place: str, record: Any, all_references: bool) -> Iterator[tuple[st
         return
     shared = {key: value for key, value in record.items() if key not in ("Instances", "instances")}
     if "Definition" in record:
-        definition = record["Definition"]
-        shared = {"instruction": definition if isinstance(definition, str) else "\n".join(definition)}
+        lines = record["Definition"] if isinstance(record["Definition"], list) else [record["Definition"]]
+        if not all(isinstance(line, str) for line in lines):
+            raise DataError(f"{place}: Definition must be a text, or a list of texts")
+        shared = {"instruction": "\n".join(lines)}
     if not isinstance(nested, list):
         raise DataError(f"{place}: instances must be a list, this is a {type(nested).__name__}")
     for number, instance in enumerate(nested, 1):
@@ -266,7 +339,7 @@ def _field_names(
     ours = ("instruction", "input", "response", "task")
     if unknown := sorted(set(fields) - set(ours)):
         raise DataError(f"data.fields sets {', '.join(unknown)}; it can set {', '.join(ours)}")
-    found = ", ".join(sorted(first)) or "none"
+    found = _listed(first)
     if format == "auto":
         required = {name: {names.get("instruction"), names["response"]} - {None} for name, names in FORMATS.items()}
         format = next((name for name, needed in required.items() if needed <= set(first)), "")
@@ -289,20 +362,28 @@ def _row(place: str, record: dict, names: dict[str, str], group_key: str | None,
     if not text["response"].strip():
         if is_text:
             return None  # a blank line of a text is not a record
-        state = "is empty" if names["response"] in record else f"is missing (found: {', '.join(sorted(record))})"
+        state = "is empty" if names["response"] in record else f"is missing (found: {_listed(record)})"
         name = names["response"]
         raise DataError(f"{place}: the record has no response: its {name!r} {state}; add it or take the record out")
     if not is_text and not (text["instruction"] + text.get("input", "")).strip():
         raise DataError(f"{place}: the record has no instruction: its {names['instruction']!r} is empty or missing")
     group = str(record.get(group_key) or "").strip() if group_key else ""
     return {
-        "group": hashlib.sha256(group.encode()).hexdigest()[:16] if group else None,  # the value may be private
+        # The value may be private, and of any kind.
+        "group": hashlib.sha256(group.encode(errors="surrogatepass")).hexdigest()[:16] if group else None,
         "task": text.get("task") or stem,
         "instruction": None if is_text else text["instruction"],
         "input": text.get("input", ""),
         "response": text["response"],
         "source": place,
     }
+
+
+def _listed(record: dict, most: int = 12) -> str:
+    """The field names of a record for a message; those that may be text are counted only."""
+    names = sorted(name for name in record if re.fullmatch(r"[A-Za-z_][\w.-]{0,39}", str(name), re.A))
+    others = len(record) - len(names[:most])
+    return ", ".join([*names[:most], *([f"{others} more"] if others else [])]) or "none"
 
 
 def _text(place: str, record: dict, name: str) -> str:

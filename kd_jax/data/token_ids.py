@@ -19,17 +19,20 @@ def load(path: str) -> np.ndarray:
     file = pathlib.Path(path)
     if not file.is_file():
         raise DataError(f"{path}: no such file")
-    try:
-        ids = np.load(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path}: not a .npy file of numbers ({error})") from None
-    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or not ids.size:
-        raise DataError(f"{path}: shape {getattr(ids, 'shape', 'of an archive')}; it needs [texts, tokens]")
+    with file.open("rb") as handle:
+        if handle.read(6) != np.lib.format.MAGIC_PREFIX:
+            raise DataError(f"{path}: not a .npy file of numbers (np.save writes one)")
+    try:  # mapped: an array that the header says is longer than the file is refused before memory is asked for
+        ids = np.load(file, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # the header is a Python literal, and fails in as many ways
+        raise DataError(f"{path}: not a .npy file of numbers, or a cut one ({type(error).__name__})") from None
+    if ids.ndim != 2 or not ids.size:
+        raise DataError(f"{path}: shape {ids.shape}; it needs [texts, tokens]")
     if not np.issubdtype(ids.dtype, np.integer):
         raise DataError(f"{path}: {ids.dtype}; token ids are integers (uint16 as published)")
     if ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
         raise DataError(f"{path}: ids from {ids.min()} to {ids.max()}; token ids are not negative")
-    return ids.astype(np.int32)
+    return np.array(ids, np.int32)
 
 
 def pair(prefix: str, suffix: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,6 @@
 """Tokenizers from a folder, from bare files at explicit paths, or trained on the public role."""
 
 import functools
-import gzip
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,10 +10,16 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from kd_jax.data.records import DataError
+from kd_jax.data.records import DataError, parse_json, read_text
+
+MOST_BYTES = 256 << 20  # of one of its files, unpacked; the largest published ones have 40 MiB
+MOST_IDS = 1 << 24
+MOST_GROWTH = 1000  # characters that one may become when a text is normalised
 
 # Where no file says which token ends a text, the first of these that the vocabulary holds. OPT's has both.
 _END_OF_TEXT = ("</s>", "<|endoftext|>")
+# What every tokenizer must be able to cut: letters, an unknown sign, blanks, and a run that costs a bad pattern dear.
+_PROBE = ("a word", "\N{SNOWMAN}\0\n\t ", "a" * 64 + "!")
 _FOLDER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
@@ -28,7 +33,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, *, eos: str, bos: str | None) -> None:
         for name, token in (("eos", eos), ("bos", bos)):
             if token is not None and backend.token_to_id(token) is None:
-                raise DataError(f"tokenizer.{name} is {token!r}, which is not in the vocabulary")
+                raise DataError(f"tokenizer.{name} is {token[:100]!r}, which is not in the vocabulary")
         backend.add_special_tokens([token for token in {eos: 0, bos: 0} if token is not None])
         backend.no_truncation()
         backend.no_padding()
@@ -37,6 +42,10 @@ class Tokenizer:
         self.eos, self.bos = eos, bos
         self.eos_id: int = backend.token_to_id(eos)
         self.bos_id: int | None = None if bos is None else backend.token_to_id(bos)
+        if self.vocab_size > MOST_IDS:
+            raise DataError(f"the tokenizer has the id {self.vocab_size - 1}; ids are read up to {MOST_IDS - 1}")
+        _insist_on_short_texts(self._spec)
+        self.encode_batch(_PROBE)
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -69,9 +78,20 @@ class Tokenizer:
         return backend
 
     def encode_batch(self, texts: Sequence[str], *, continuing: bool = False) -> list[list[int]]:
-        """Returns the ids of every text. `continuing` texts follow other tokens: no prefix space is added to them."""
+        """Returns the ids of every text. `continuing` texts follow other tokens: no prefix space is added to them.
+
+        Raises DataError, which quotes no text, where the tokenizer's files cannot cut one.
+        """
         backend = self._continuing if continuing else self._backend
-        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except BaseException as error:  # the library raises bare Exceptions, and panics that are none
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            raise DataError(
+                "the tokenizer cannot cut every text: a token for unknown characters is missing in its files, or a "
+                "pattern in them takes too long; use the tokenizer that its model was published with"
+            ) from None
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -158,11 +178,14 @@ def _read_folder(path: str | Path, revision: str | None) -> tuple[tokenizers.Tok
         folder = _download(str(path), revision)
     special: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        config = json.loads(_read_text(folder / name)) if (folder / name).is_file() else {}
+        config = _read_json(folder / name) if (folder / name).is_file() else {}
         for key in ("eos_token", "bos_token"):
             value = config.get(key)
+            value = value.get("content") if isinstance(value, dict) else value
+            if not isinstance(value, str | None):
+                raise DataError(f"{folder / name}: {key} is a {type(value).__name__}, not a text")
             if value:
-                special[key] = value["content"] if isinstance(value, dict) else value
+                special[key] = value
     if (folder / "tokenizer.json").is_file():
         return _from_json(folder / "tokenizer.json"), special
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -180,29 +203,25 @@ def _download(hub_id: str, revision: str | None) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=list(_FOLDER_FILES)))
     except (OSError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().partition("\n")[0]
         raise DataError(f"tokenizer.path {hub_id!r} is no folder, and the hub did not give it: {reason}") from error
 
 
 def _from_json(path: str | Path) -> tokenizers.Tokenizer:
-    text = _read_text(path)
+    text = read_text(Path(path), MOST_BYTES)
     try:
         return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exceptions
-        raise DataError(f"{path}: not a tokenizer.json ({error})") from None
+        raise DataError(f"{path}: not a tokenizer.json ({str(error)[:200]})") from None
 
 
 def _byte_level_bpe(vocab: str | Path, merges: str | Path) -> tokenizers.Tokenizer:
-    try:
-        ids = json.loads(_read_text(vocab))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{vocab}:{error.lineno}: broken JSON ({error.msg})") from None
-    lines = _read_text(merges).split("\n")
+    ids, lines = _read_json(vocab), read_text(Path(merges), MOST_BYTES).split("\n")
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
     try:
         model = models.BPE(vocab=ids, merges=pairs)
     except Exception as error:  # as above
-        raise DataError(f"{vocab} and {merges} do not make a BPE ({error})") from None
+        raise DataError(f"{vocab} and {merges} do not make a BPE ({str(error)[:200]})") from None
     return _byte_level(model)
 
 
@@ -243,9 +262,20 @@ def _prepends(node: Any) -> bool:
     return isinstance(node, dict) and node.get("type") == "Prepend"
 
 
-def _read_text(path: str | Path) -> str:
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-        return file.read()
+def _read_json(path: str | Path) -> dict[str, Any]:
+    content = parse_json(read_text(Path(path), MOST_BYTES), str(path))
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: not a JSON object but a {type(content).__name__}")
+    return content
+
+
+def _insist_on_short_texts(spec: Mapping[str, Any]) -> None:
+    """Raises DataError where normalising could make a text larger than memory: each replacement multiplies."""
+    growth, todo = 1, [spec.get("normalizer"), spec.get("pre_tokenizer"), spec.get("decoder")]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, dict):
+            growth *= max(1, *(len(node.get(key) or "") for key in ("content", "prepend", "replacement")))
+        todo += node if isinstance(node, list) else node.values() if isinstance(node, dict) else ()
+    if growth > MOST_GROWTH:
+        raise DataError(f"tokenizer.json: its normalizer can make a text {growth} times as long; up to {MOST_GROWTH}")

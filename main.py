@@ -21,7 +21,7 @@ import attacks.audit
 import attacks.prediction
 import attacks.report
 from attacks.tables import TableError
-from kd_jax import experiment, private, processes, runs, sharding, storage, tables
+from kd_jax import experiment, locks, manifest, private, processes, runs, sharding, storage, tables
 from kd_jax.data.records import DataError
 from kd_jax.errors import ConfigError
 from kd_jax.hf import CheckpointError
@@ -36,6 +36,7 @@ def _filter(study: Study) -> None:
 
 
 def _attack(study: Study) -> None:
+    manifest.check_below(study.workdir / "scores")
     report = storage.local_copy(study.workdir / "report", write=True)
     with storage.local_copy(study.workdir / "scores") as scores, report as out:
         attacks.audit.audit(scores, out, experiment.audit_settings(study))
@@ -96,6 +97,7 @@ def main(_: list[str]) -> None:
         processes.watch()
         processes.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value, always=DISTRIBUTED.value)
         processes.check_shared(workdir)
+        held = [] if EXPORT.value else locks.take(workdir, chosen, ONLY.value)  # noqa: F841  until this function ends
         if not processes.first():
             logging.getLogger("kd_jax").setLevel(logging.WARNING)  # what the first one says is enough
         processes.check_same(experiment.result_inputs(config))
@@ -122,7 +124,9 @@ def main(_: list[str]) -> None:
         processes.fail("preempted: the same command continues from here", processes.TRY_AGAIN)
     except KeyboardInterrupt:
         processes.fail("interrupted: the same command continues from the last checkpoint")
-    except Exception:
+    except Exception as error:
+        if message := storage.full(error, WORKDIR.value):
+            processes.fail(f"error: {message}")
         if jax.distributed.is_initialized():
             processes.fail(traceback.format_exc())
         raise

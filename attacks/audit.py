@@ -158,7 +158,8 @@ def audit(scores_dir: str | Path, out_dir: str | Path, settings: dict) -> dict:
     summary["verdicts"] += [*summary["corrected"]["words"], summary["tasks"]["words"]]
     summary["verdicts"] += summary["near_duplicates"]["words"]
     summary["warnings"] += summary["groups"]["words"]
-    summary["not_tested"] += [] if chains else ["attacks by many models (LiRA, RMIA): no shadow chains"]
+    if chains is None or chains.design == "cheap":
+        summary["not_tested"].append("attacks by many models (LiRA, RMIA): no shadow chains of more than two teachers")
     frames = {"roc": roc_points(study), "ledger": ledger, "vulnerable": agreement.vulnerable(study)}
     _write(Path(out_dir), tables | memory | many, frames | examples | more)
     summary = _plain(summary)

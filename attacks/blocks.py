@@ -1,8 +1,9 @@
-"""Rows of blocks.csv: which block of a model carries what it knows about its members (attacks.md 7, zhang2025).
+"""Rows of blocks.csv: at which block of a model members show (attacks.md 7, zhang2025).
 
 A block's score of an example is what changes when that block alone is noised, exchanged or read; the AUC of members
-against non-members by that score is the block's risk.  `block` is `embedding`, `0` to `L-1`, `head`, or `all` for the
-whole model and for what is said of a profile, the AUCs of all blocks.  Forms, higher score = member:
+against non-members by that score is the block's risk.  Risk by noise is not location: see NOTE.  `block` is
+`embedding`, `0` to `L-1`, `head`, or `all` for the whole model and for what is said of a profile, the AUCs of all
+blocks.  Forms, higher score = member:
 
   noise_absolute  rise of the mean NLL under noise of one size (`sigma`) on the block
   noise_relative  the same, the noise scaled to the root mean square of the block's weights
@@ -49,8 +50,10 @@ ALL = "all"
 LEVEL = 0.05
 FEWEST = 4  # blocks, for a rank correlation of profiles
 NOTE = (
-    "Noise of one size also measures how large a block's weights are, and every form how much the block matters for "
-    "any text: read a profile beside noise of relative size and beside the null model's."
+    "Noise on a block says how sharply the loss depends on it, not that it holds the members: on a planted model, one "
+    "block of which was trained on members, all blocks were sharp, and only the exchange with the base (swap_back) "
+    "singled that one out. Noise of one size also measures how large a block's weights are, and every form how much "
+    "the block matters for any text: read a profile beside noise of relative size and beside the null model's."
 )
 CURVES = {  # form -> attack, column, sign
     "noise_absolute": ("mope", "noise_absolute", 1),
@@ -70,8 +73,8 @@ WHOLE = {  # (form, attack) -> column, sign
     ("lens", "emergence"): ("emergence", -1),
 }
 SAID = {
-    "noise_absolute": "noise of one size",
-    "noise_relative": "noise relative to the weights",
+    "noise_absolute": "noise of one size (how sharply the loss depends on a block, not what it holds)",
+    "noise_relative": "noise relative to the weights (how sharply the loss depends on a block, not what it holds)",
     "swap": "block exchanged for its base's",
     "swap_back": "block put into the base",
     "lens": "log-prob read after the block",
@@ -109,13 +112,16 @@ def rows(study: Study) -> list[dict]:
     profiles, wholes, found = {}, {}, []
     for run in (run for run in study.runs if any(VARIANT in study.tables[run, s].variants for s in study.seeds(run))):
         for seed in study.seeds(run):
+            at = study.head(run) | {"form": "all forms of", "metric": "blocks", "seed": seed}
             try:
                 for profile in _profiles(study, run, seed):
+                    if isinstance(profile, dict):
+                        found.append(at | profile)
+                        continue
                     kept = profiles if len(profile.names) > 1 else wholes
                     kept.setdefault((run, profile.form, profile.attack), []).append(profile)
             except Unresolved as why:
-                at = {"form": "all forms of", "metric": "blocks", "seed": seed}
-                found.append(study.head(run) | at | {"reason": str(why)})
+                found.append(at | {"reason": str(why)})
     for own in wholes.values():
         for seed, block in _by_seed(own).items():
             found += [_at(study, block, seed) | row for row in _block_rows(block)]
@@ -132,8 +138,9 @@ def rows(study: Study) -> list[dict]:
 # --- scores of blocks ------------------------------------------------------------------------------------------------
 
 
-def _profiles(study: Study, run: str, seed: int) -> Iterator[Profile]:
-    """Every form that the run's white-box tables have. Raises Unresolved where members or non-members are missing."""
+def _profiles(study: Study, run: str, seed: int) -> Iterator[Profile | dict]:
+    """Every form that the run's white-box tables have, or the form with the `reason` why it has none: noise may leave
+    a NaN where no other form has one. Raises Unresolved where members or non-members are missing."""
     roles = PAIRS["heldout-private" if study.provenance(run).get("swap_of") else "private-heldout"]
     boxes = _boxes(study, run, seed, roles)
     settings, blocks = boxes[0].settings, boxes[0].blocks
@@ -178,7 +185,9 @@ def _base_boxes(study: Study, base: str | None, seed: int, roles, boxes: list[Wh
     return found if alike else None
 
 
-def _profile(study, key, form, attack, settings, names, boxes: list[Whitebox], values: list[np.ndarray]) -> Profile:
+def _profile(
+    study, key, form, attack, settings, names, boxes: list[Whitebox], values: list[np.ndarray]
+) -> Profile | dict:
     run, seed = key
     roles = PAIRS["heldout-private" if study.provenance(run).get("swap_of") else "private-heldout"]
     pairs = []
@@ -187,8 +196,10 @@ def _profile(study, key, form, attack, settings, names, boxes: list[Whitebox], v
         for role, box, of in zip(roles, boxes, values, strict=True):
             silent = np.where(box.lengths == 0, -np.inf, of[:, k])
             study.scores[run, seed, asked, role] = Scores(box.ids, box.task, silent)
-        (pair,) = study.pairs(run, seed, asked, "-".join(roles))
-        pairs.append(pair)
+        try:
+            pairs += study.pairs(run, seed, asked, "-".join(roles))
+        except Unresolved as why:
+            return {"form": form, "attack": attack, "reason": f"block {name}: {why}"}
     return Profile(run, seed, form, attack, settings.get(SIGMA.get(form)), tuple(names), tuple(pairs))
 
 

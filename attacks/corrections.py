@@ -16,7 +16,11 @@ from attacks.statistics import correct
 from attacks.study import Study
 
 PERMUTATIONS = 1000
-RULES = {"primary": "named beforehand", "holm": "Holm over the other attacks", "maximum": "maximum over all attacks"}
+RULES = {
+    "primary": "named beforehand",
+    "holm": "Holm over the other attacks",
+    "maximum": "maximum over attacks on the same records",
+}
 
 
 def attack_rows(study: Study) -> list[dict]:

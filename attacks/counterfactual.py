@@ -110,18 +110,19 @@ def resampled(effect: Effect, resamples: int, seed: int, level: float = 0.95) ->
 
 def examples(study: Study, chains: Chains) -> pd.DataFrame:
     """counterfactual.parquet: one row per model, measure, effect and record, with its interval over models."""
-    frames = []
-    try:
-        for measure in MEASURES:
-            for effect in effects(chains, measure):
-                low, high = resampled(effect, study.settings["bootstrap"], study.settings["seed"])
-                known = {"model": f"shadow/{effect.model}", "measure": measure, "effect": effect.name}
-                columns = {"example_id": chains.ids, "role": chains.role, "task": chains.task}
-                numbers = {"value": effect.each.mean(axis=0), "ci_low": low, "ci_high": high}
-                frames.append(pd.DataFrame(columns | known | numbers | {"chains": len(chains)}))
-    except Unresolved:
-        return pd.DataFrame()  # `rows` says why
-    return pd.concat(frames, ignore_index=True)
+    frames = [pd.DataFrame()]
+    for measure in MEASURES:
+        try:
+            found = effects(chains, measure)
+        except Unresolved:
+            continue  # `rows` says why
+        for effect in found:
+            low, high = resampled(effect, study.settings["bootstrap"], study.settings["seed"])
+            known = {"model": f"shadow/{effect.model}", "measure": measure, "effect": effect.name}
+            columns = {"example_id": chains.ids, "role": chains.role, "task": chains.task}
+            numbers = {"value": effect.each.mean(axis=0), "ci_low": low, "ci_high": high}
+            frames.append(pd.DataFrame(columns | known | numbers | {"chains": len(chains)}))
+    return pd.concat(frames[1:] or frames, ignore_index=True)
 
 
 # --- means and orders ------------------------------------------------------------------------------------------------

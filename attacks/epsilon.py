@@ -42,10 +42,11 @@ REFUSED = (
 CHEAP = "refused: with two teachers in all, scores are calibrated by models that were trained on the very same coins"
 STRATEGY = {
     "split": "threshold from a seeded half of the scores, bound from the other",
-    "bonferroni": "corrected for all thresholds of the hull",
+    "bonferroni": "corrected for the number of thresholds on the hull of the ROC",
     "explicit": "threshold fixed on calibration records",
 }
 GAUSSIAN = "assumed: a Gaussian trade-off function"
+HULL = "assumed: that this is enough, though the scores chose the thresholds (holds on null scores, no proof)"
 
 
 class Trial(NamedTuple):
@@ -71,7 +72,10 @@ def rows(study: Study, chains: Chains | None = None) -> list[dict]:
     except Unresolved as why:  # no splits: the coins are not known
         found = [_reason(str(why))]
     if chains is not None:
-        found += chain_rows(chains, shadow.bound_scores(study, chains), study.settings["seed"])
+        try:
+            found += chain_rows(chains, shadow.bound_scores(study, chains), study.settings["seed"])
+        except Unresolved as why:
+            found.append(_reason(f"shadow chains: {why}"))
     if not any("valid" in row for row in found):
         return found or [_reason("no canaries drawn by a coin and no shadow chains: no design that allows a bound")]
     natural = {"source": "private-heldout", "attack": study.settings["primary"], "valid": "no", "conditions": REFUSED}
@@ -87,7 +91,7 @@ def _reason(words: str) -> dict:
 
 
 def canary_rows(study: Study) -> Iterator[dict]:
-    """Bounds from the canaries, of each model that meets some and of the null, whose bounds must be 0.
+    """Bounds from the canaries, of each model that meets some and of the null, whose `teacher_only` ones must be 0.
 
     Of each seed, and where there are several the median over them: they share their coins and are no further evidence.
     """
@@ -141,6 +145,8 @@ def _who_met(study: Study, run: str, placement: str) -> str:
     told = study.provenance(run)
     teacher = study.provenance(told["teacher"]) if told.get("teacher") in study.runs else {}
     own, before = (bool(PLACEMENTS[placement] & set(each.get("train_roles") or ())) for each in (told, teacher))
+    if not own and told.get("teacher") and told["teacher"] not in study.runs:
+        return "not known: whether this model's teacher, which was not scored, met the canaries"
     if own and before:
         return "canaries in the data of the model and of its teacher: both together are bounded"
     if before:
@@ -200,8 +206,9 @@ def _one_a_run(
     trial = trial._replace(
         dependence="" if alone else "assumed: independent scores, though runs are references of others"
     )
-    at = head | {"source": f"{head['source']}@one_a_run", "strategy": "bonferroni", "trained_models": len(drawn)}
-    yield from trial_rows(trial, at, seed, METHODS[2:3])
+    for strategy in STRATEGIES[:2]:
+        at = head | {"source": f"{head['source']}@one_a_run", "strategy": strategy, "trained_models": len(drawn)}
+        yield from trial_rows(trial, at, seed, METHODS[2:3])
 
 
 # --- what makes a bound valid ----------------------------------------------------------------------------------------
@@ -259,18 +266,23 @@ def median_rows(trials: list[Trial], head: dict, of: str, seed: int, methods: tu
 
 
 def _row(bound: Bound, head: dict, trial: Trial, words: list[str], span: tuple = (None, None)) -> dict:
-    valid, more = verdict(bound.method, trial.coin_p, trial.dependence)
+    valid, more = verdict(bound.method, trial.coin_p, trial.dependence, bound.strategy)
     rule = {"method": bound.method, "delta": DELTA, "significance": SIGNIFICANCE, "largest": bound.largest}
     numbers = dict(zip(("epsilon", "least", "greatest"), (bound.epsilon, *span), strict=True)) if valid != "no" else {}
     return head | rule | numbers | {"valid": valid, "conditions": "; ".join([*words, STRATEGY[bound.strategy], *more])}
 
 
-def verdict(method: str, coin_p: float, dependence: str) -> tuple[str, list[str]]:
-    """yes, estimate or no, and what that rests on beside what was checked."""
+def verdict(method: str, coin_p: float, dependence: str, strategy: str = "split") -> tuple[str, list[str]]:
+    """yes, estimate or no, and what that rests on beside what was checked.
+
+    One threshold that the scores behind the bound did not choose is proven; dividing by the number of hull thresholds,
+    which they did choose, is only seen to hold (statistics.md 5.2).
+    """
     if coin_p < UNFAIR:
         return "no", ["refused: inclusion was no fair coin"]
     more = [] if method.startswith("one_run") or not dependence else [dependence]
     more += [GAUSSIAN] if method in ("one_run_fdp", "gdp") else []
+    more += [HULL] if strategy == "bonferroni" else []
     return "estimate" if more else "yes", ["assumed: the attack was named before the coins were looked at", *more]
 
 
@@ -292,11 +304,14 @@ def headlines(found: list[dict], primary: str) -> list[dict]:
 
 
 def sentence(row: Mapping) -> str:
-    """A bound in plain words; one of 0 with what the design could have shown."""
-    design = f"{row['n_in']:.0f} in, {row['n_out']:.0f} out, {row['attack']}, delta {row['delta']:g}"
+    """A bound in plain words, with its unit; one of 0 with what the design could have shown."""
+    unit = "".join(f", {said}" for said in row["conditions"].split("; ") if said.startswith("unit: "))
+    design = f"{row['n_in']:.0f} in, {row['n_out']:.0f} out, {row['attack']}, delta {row['delta']:g}{unit}"
     most = f"this design could have shown up to {row['largest']:.2f} ({design})"
     if row["valid"] == "no":
         return f"{row['model']}: no bound: {row['conditions'].rpartition('refused: ')[2]}."
+    if row["epsilon"] <= 0 and "a control" in row["conditions"]:
+        return f"{row['model']}, a control that met nothing: bound 0, as it must be; {most}."
     if row["epsilon"] <= 0:
         return f"{row['model']}: no evidence: bound 0; {most}. This does not make it private."
     sure = f"{100 * (1 - row['significance']):g} %"

@@ -26,11 +26,17 @@ def influences(study: Study, chains: Chains, measure: str = "accuracy") -> pd.Da
     """The strongest pairs of records, by ids: influence of source on target, beside the noise floor that it passes.
 
     `direct` on the teacher, `inherited` on the student; in two_by_two `direct` on the student, too.  Records of one
-    group are never paired: they share their coin.  Empty for the design `cheap`.
+    group are never paired: they share their coin.  Empty for the design `cheap`, and where the tables lack a column
+    that the measure needs.
     """
     frames = [pd.DataFrame(columns=list(COLUMNS))]
     for model, effect, inside in _kinds(chains):
-        values, known = _own_removed(chains.statistic(model, measure), inside)
+        try:
+            values, known = _own_removed(chains.statistic(model, measure), inside)
+        except Unresolved:
+            continue  # the counterfactual rows of this measure say why
+        if not known.any():
+            continue
         strongest, floor = above_noise(values[:, known], inside[:, known], chains.pairs, chains.group[known], study)
         source, target, influence = strongest
         ids = chains.ids[known]

@@ -86,6 +86,10 @@ class Targets:
         Abstentions (-inf) rank last.  resolution: in how many steps the scores come, where they are shares.
         The threshold of balanced accuracy is the middle one of the best of all targets in other pairs.
         """
+        members = self.inside.sum(axis=1)
+        if (fewest := int(min(members.min(), (self.inside.shape[1] - members).min()))) < 2:
+            reason = f"a target has {fewest} members or non-members: both classes need at least two"
+            return dict.fromkeys(("auc", "balanced_accuracy", *(f"tpr_at_fpr_{fpr:g}" for fpr in FPRS)), reason)
         scores = np.where(np.isneginf(scores), _lowest(scores)[:, None], scores)
         sides = [(own[inside], own[~inside]) for own, inside in zip(scores, self.inside, strict=True)]
         found: dict[str, Measured | str] = {"auc": self._from_records([auc_influence(*side) for side in sides])}

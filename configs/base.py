@@ -94,6 +94,12 @@ def get_config() -> ConfigDict:
     config.objectives = ConfigDict({name: objective(name) for name in ("sft", "kd")})
     config.runs = ConfigDict()
 
+    config.checkpoints = ConfigDict(  # training states: parameters, optimiser, position in the data
+        dict(
+            keep=2,  # of a run that is training, the newest; the selected parameters are kept besides
+            finished=1,  # of a finished run; 0 frees the most, then damaged parameters mean training again
+        )
+    )
     config.score = ConfigDict(
         dict(
             roles=("private", "heldout", "dev", "calib", "canary"),

@@ -104,11 +104,14 @@ def result_inputs(config: ConfigDict) -> dict:
 
 def last_result(config: ConfigDict, workdir: storage.Path) -> str | None:
     """The closing lines of a finished experiment with the same config, code and data, else None."""
-    found = manifest.read(workdir)
+    try:
+        found = manifest.read(workdir)
+    except manifest.Damaged:
+        return None  # everything is looked at again, and the manifest written anew
     report = workdir / "report" / "index.html"
     if found is None or found["inputs"] != result_inputs(config) or not report.exists():
         return None
-    return found["facts"]["lines"]
+    return None if manifest.damaged(workdir, found) else found["facts"]["lines"]
 
 
 def record_result(study: Study) -> str:

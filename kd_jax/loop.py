@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kd_jax import checkpoint, lora, manifest, optim, processes, sharding
+from kd_jax import checkpoint, lora, manifest, optim, processes, sharding, storage
 from kd_jax.checkpoint import Checkpoints
 from kd_jax.distill import feeds
 from kd_jax.distill.ledger import Ledger
@@ -24,6 +24,9 @@ from kd_jax.metrics import Metrics, progress
 from kd_jax.storage import Path
 from kd_jax.train import SELECT, Recipe, TrainState, make_train_step
 from kd_jax.transformer import Transformer
+
+DIVERGED, PATIENCE = 3.0, 3  # see Loop._check
+SHOWN = {"loss": "loss", "gradient norm": "gradient_norm"}
 
 
 def init_state(model: Transformer, tx: optax.GradientTransformation, rng: jax.Array, mesh: Mesh) -> TrainState:
@@ -49,7 +52,7 @@ class Task:
     feed: feeds.DataFeed
     evaluate: Callable[[Transformer], dict[str, float]]
     iterators: dict[str, Iterator[dict[str, np.ndarray]]]  # grain iterators that a checkpoint keeps: data, and lm
-    keep: int = 2
+    keep: int = 2  # training states, the newest; the selected parameters are kept besides
     trajectory: int = 0  # checkpoints whose parameters are kept for scoring, evenly spread
 
 
@@ -76,7 +79,8 @@ def fit(
 ) -> Trained:
     """Train to `task.steps`, resuming at the newest checkpoint in `task.folder`.
 
-    Raises FloatingPointError when the loss stops being finite, naming the step and the last good checkpoint.
+    Raises FloatingPointError when the loss stops being finite or keeps far above its start, naming the step, the ids of
+    its batch's records and the last good checkpoint.
     """
     rate = optim.schedule(
         recipe.schedule, lr=recipe.lr, lr_min=recipe.lr_min, warmup_steps=recipe.warmup_steps, steps=task.steps
@@ -86,16 +90,46 @@ def fit(
         model = lora.attach(model, recipe.lora, jax.random.fold_in(rng, 1))
     trainable, frozen = lora.split(model)
     state = init_state(trainable, tx, rng, mesh)
+    _check_kept(task, recipe)
     with Checkpoints(task.folder / "checkpoints", keep=task.keep) as checkpoints:
         start = checkpoints.latest_step or 0
         if start:
             state, feed_state = checkpoints.restore(_abstract(state, mesh), task.feed.state(), task.iterators)
             task.feed.restore(feed_state)
         with Metrics(task.folder, step=start) as metrics:
-            loop = Loop(task, recipe, teacher, frozen, step_fn, rate, mesh, checkpoints, metrics)
+            loop = Loop(task, recipe, teacher, frozen, step_fn, rate, mesh, checkpoints, metrics, math.log(vocab))
             with processes.patience():
                 state = loop.run(state, start)
     return loop.result(state)
+
+
+def _check_kept(task: Task, recipe: Recipe) -> None:
+    """Start anew where something is damaged or gone that no checkpoint brings back.
+
+    That is the best parameters so far, or those of an earlier step that are to be scored.
+    """
+    best = _best(task.folder) if SELECT[recipe.select] else 0
+    lost = bool(best) and manifest.intact(_best_folder(task.folder, best)) is None
+    steps = processes.agree(checkpoint.steps(task.folder / "checkpoints"))
+    marked = marks(task.steps, task.trajectory) if task.trajectory and steps else set()
+    kept = (_kept_params(task.folder, step).exists() for step in marked if step <= steps[0])
+    if processes.agree(lost or not all(kept)):
+        processes.once(lambda: storage.rmtree(task.folder / "checkpoints"), f"checkpoints of {task.folder}")
+
+
+def _best(folder: Path) -> int:
+    """The step of the best parameters so far, 0 if there are none; the newest where an older one is still there."""
+    below = folder / "best"
+    found = [p for p in below.iterdir() if (p / manifest.NAME).exists()] if below.exists() else []
+    return processes.agree(max((int(p.name.removeprefix("step-")) for p in found), default=0))
+
+
+def _best_folder(folder: Path, step: int) -> Path:
+    return folder / "best" / f"step-{step}"
+
+
+def _kept_params(folder: Path, step: int) -> Path:
+    return folder / "trajectory" / f"step-{step}"
 
 
 # Keys of a recipe that no compiled step depends on, at one value each.
@@ -134,7 +168,11 @@ class Loop:
     mesh: Mesh
     checkpoints: Checkpoints
     metrics: Metrics
+    uniform: float  # loss of a model that knows nothing: the log of the vocabulary
     last: dict[str, float] | None = None  # the newest evaluation
+    first: float | None = None  # loss of the first log
+    high: int = 0  # logs in a row whose loss is far above it
+    sound: int = 0  # the newest checkpoint before them
 
     def run(self, state: TrainState, start: int) -> TrainState:
         task, recipe = self.task, self.recipe
@@ -145,9 +183,9 @@ class Loop:
         if start == 0:
             self._evaluate(state, 0, {})
         bar = progress(task.steps, task.label, initial=start)
-        window, since = [], time.perf_counter()
+        window, since, self.sound = [], time.perf_counter(), start
         for step in range(start + 1, task.steps + 1):
-            batch, used = task.feed.next(step, lora.join(state.model, self.frozen), self.teacher)
+            batch, used = self._next(step, state)
             ledger.add(step, used)
             plain = None
             if "lm" in task.iterators:
@@ -156,12 +194,13 @@ class Loop:
                 plain = self._place(feeds.split_rows(plain, task.feed.shapes.held))
             rate = np.float32(self.rate(step - 1))
             state, values = self.step_fn(state, self.frozen, self.teacher, self._place(batch), plain, rate)
-            window.append(values)
+            window.append((step, used.example, values))
             stop = processes.preempted()
-            if step % log_every == 0 or step in evaluate_at or step in save_at or stop:
+            if step % log_every == 0 or step in evaluate_at | save_at | keep_at or stop:
                 # the only host sync of the loop: one fetch for the whole window, after its last step was dispatched
-                row = _summary(jax.device_get(window), time.perf_counter() - since)
-                self._check(row, step, len(window))
+                done = jax.device_get([values for _, _, values in window])
+                row = _summary(done, time.perf_counter() - since)
+                self._check(row, window, done)
                 row["train/learning_rate"] = float(rate)
                 bar.set_postfix(loss=f"{row['train/loss']:.3f}", refresh=False)
                 bar.update(step - bar.n)
@@ -169,13 +208,14 @@ class Loop:
                     self._evaluate(state, step, row)
                 else:
                     self.metrics.write(step, row)
+                if step in keep_at:  # before the checkpoint, from which a later start goes on
+                    kept = _kept_params(task.folder, step)
+                    checkpoint.save_params(kept, lora.merge(lora.join(state.model, self.frozen)))
                 if step in save_at or stop:
                     ledger.write(step)
                     self.checkpoints.save(step, state, task.feed.state(), task.iterators)
+                    self.sound = self.sound if self.high else step
                 window, since = [], time.perf_counter()
-            if step in keep_at:
-                kept = task.folder / "trajectory" / f"step-{step}"
-                checkpoint.save_params(kept, lora.merge(lora.join(state.model, self.frozen)))
             if stop:
                 raise processes.Preempted
         bar.close()
@@ -184,11 +224,23 @@ class Loop:
     def result(self, state: TrainState) -> Trained:
         """The selected parameters."""
         model, facts = lora.merge(lora.join(state.model, self.frozen)), self.task.feed.facts()
-        best = manifest.read(self.task.folder / "best")
-        if SELECT[self.recipe.select] is None or best is None:
+        step = _best(self.task.folder) if SELECT[self.recipe.select] else 0
+        if not step:
             return Trained(model, self.task.steps, self.last or self._measure(state), facts)
-        model = checkpoint.load_params(self.task.folder / "best" / "params", _abstract(model, self.mesh))
-        return Trained(model, best["facts"]["step"], best["facts"]["dev"], facts)
+        folder = _best_folder(self.task.folder, step)
+        model = checkpoint.load_params(folder / "params", _abstract(model, self.mesh))
+        return Trained(model, step, manifest.read(folder)["facts"]["dev"], facts)
+
+    def _next(self, step: int, state: TrainState):
+        """The batch of a step; an error of the worker that makes it says so."""
+        try:
+            return self.task.feed.next(step, lora.join(state.model, self.frozen), self.teacher)
+        except Exception as error:
+            error.add_note(
+                f"{self.task.label}: no batch for step {step}; last good checkpoint: {self._last_good()}. The same "
+                "command goes on from there."
+            )
+            raise
 
     def _place(self, batch):
         return sharding.place_batch(batch, self.mesh, leading=1)
@@ -200,28 +252,59 @@ class Loop:
         rule = SELECT[self.recipe.select]
         if rule is None or step == 0:
             return
-        folder, (key, sign) = self.task.folder / "best", rule
-        found = processes.agree(manifest.read(folder))
+        (key, sign), found = rule, _best(self.task.folder)
         # A better one of a later step was found before the run was interrupted; the same step will find it again.
-        if found is None or found["facts"]["step"] > step or sign * self.last[key] < sign * found["facts"]["dev"][key]:
-            checkpoint.save_params(folder / "params", lora.merge(lora.join(state.model, self.frozen)))
-            manifest.write(folder, {"select": self.recipe.select}, {"step": step, "dev": self.last})
+        if 0 < found <= step:
+            before = processes.agree(manifest.read(_best_folder(self.task.folder, found)))["facts"]["dev"][key]
+            if sign * self.last[key] >= sign * before:
+                return
+        # Each in a folder of its own, so that there is a whole one at any time.
+        folder = _best_folder(self.task.folder, step)
+        checkpoint.save_params(folder / "params", lora.merge(lora.join(state.model, self.frozen)))
+        manifest.write(folder, {"select": self.recipe.select}, {"step": step, "dev": self.last})
+        if found not in (0, step):
+            processes.once(lambda: storage.rmtree(_best_folder(self.task.folder, found)), f"best of {found}")
 
     def _measure(self, state: TrainState) -> dict[str, float]:
         found = processes.agree(self.task.evaluate(lora.join(state.model, self.frozen)))
         if not all(map(math.isfinite, found.values())):
             raise FloatingPointError(
-                f"{self.task.label}: an evaluation is not finite ({found}): lower the learning rate"
+                f"{self.task.label}: an evaluation is not finite ({found}); last good checkpoint: {self._last_good()}. "
+                "Lower the learning rate"
             )
         return found
 
-    def _check(self, row: dict[str, float], step: int, steps: int) -> None:
-        if not math.isfinite(row["train/loss"]):
-            raise FloatingPointError(
-                f"{self.task.label}: loss is {row['train/loss']} in the {steps} steps up to {step}; last good "
-                f"checkpoint: step {self.checkpoints.latest_step or 0} in {self.task.folder / 'checkpoints'}. Lower "
-                "the learning rate or check the batch's records."
-            )
+    def _check(self, row: dict[str, float], window: list[tuple], done: list[dict]) -> None:
+        """Raises FloatingPointError where a loss or gradient is not finite, or the loss is far above its start.
+
+        Far is DIVERGED times the first log's loss, and that of a model that knows nothing, in PATIENCE logs in a row.
+        Rewards of a policy gradient have no such scale.
+        """
+        finite = [math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]) for values in done]
+        if not all(finite):
+            place = finite.index(False)
+            values = ", ".join(f"{name} {done[place][key]:g}" for name, key in SHOWN.items())
+            raise FloatingPointError(self._stopped(f"not finite: {values}", window[place]))
+        loss = row["train/loss"]
+        self.first = loss if self.first is None else self.first
+        limit = DIVERGED * max(self.first, self.uniform)
+        self.high = self.high + 1 if loss > limit and "train/policy" not in row else 0
+        if self.high == PATIENCE:
+            worst = int(np.argmax([values["loss"] for values in done]))
+            what = f"loss {loss:.3g} has been above {limit:.3g}, {DIVERGED:g} times its start, in {PATIENCE} logs"
+            raise FloatingPointError(self._stopped(what, window[worst]))
+
+    def _stopped(self, what: str, of: tuple) -> str:
+        step, examples, _ = of
+        ids = list(dict.fromkeys(self.task.feed.encoded.record_id[examples].tolist()))
+        more = f" and {len(ids) - 16} more" if len(ids) > 16 else ""
+        return (
+            f"{self.task.label}: {what}, at step {step}; records of its batch: {', '.join(ids[:16])}{more}; last good "
+            f"checkpoint: {self._last_good()}. Lower the learning rate or check these records."
+        )
+
+    def _last_good(self) -> str:
+        return f"step {self.sound} in {self.task.folder / 'checkpoints'}" if self.sound else "none"
 
 
 def marks(steps: int, count: int) -> set[int]:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import directory_check
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from kd_jax import storage
@@ -26,7 +31,7 @@ class Metrics:
         path = storage.as_path(folder) / "metrics.jsonl"
         kept = [line for line in _read_lines(path) if line["step"] <= step] if step else []
         self._lines = storage.Log(path, map(json.dumps, kept))
-        self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+        self._events = Events(str(folder), purge_step=step + 1 if step else 0)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One row of scalars; names like `train/loss` become TensorBoard's groups."""
@@ -35,6 +40,7 @@ class Metrics:
         self._lines.add(json.dumps({"step": step, **{k: float(v) for k, v in values.items()}}))
         for name, value in values.items():
             self._events.add_scalar(name, float(value), step)
+        self._events.flush()
 
     def close(self) -> None:
         if self._lines is not None:
@@ -46,6 +52,33 @@ class Metrics:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+class Events:
+    """TensorBoard's scalars in `folder`, written by this thread, so that a failure is seen; from `purge_step` on anew.
+
+    tensorboardX's own writer does it in a thread of its own: when that dies of a full disk, the program waits for it.
+    """
+
+    def __init__(self, folder: str, purge_step: int = 0) -> None:
+        directory_check(folder)
+        self._writer = EventsWriter(os.path.join(folder, "events"))
+        self._local, self._flushed = storage.is_local(folder), time.monotonic()
+        if purge_step:
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self._writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+
+    def flush(self) -> None:
+        """Write to the disk; to a bucket, which takes the whole file each time, every two minutes."""
+        if self._local or time.monotonic() - self._flushed > 120:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _read_lines(path: Path) -> list[dict]:

@@ -267,6 +267,8 @@ def splits_fingerprint(splits: pd.DataFrame) -> str:
 def _keep(splits: pd.DataFrame, path: Path) -> None:
     """Write the splits once; a later start must draw the same ones."""
     if processes.agree(path.exists()):
+        if not storage.whole(path):
+            raise roles.DataError(f"{path} is damaged: delete it, and the same roles are drawn again")
         if splits_fingerprint(pd.read_parquet(storage.readable(path))) != splits_fingerprint(splits):
             raise roles.DataError(
                 f"{path} holds other roles than this config draws (data, seed or shares changed): use another --workdir"

@@ -75,7 +75,9 @@ def train_runs(study: Study) -> None:
 def _check(study: Study, run: Run, seed: int) -> None:
     """What can be known of a run before anything is compiled. Raises ConfigError naming the key."""
     config, recipe, objective = study.config, recipe_of(study.config, run), objective_of(study.config, run)
+    kept = config.checkpoints
     checks = [
+        (kept.keep >= 1 and kept.finished >= 0, "checkpoints.keep must be at least 1, checkpoints.finished at least 0"),
         (not objective.lm_coef or config.data.lm.path, f"objectives.{run.objective_name}.lm_coef needs data.lm.path"),
         (
             recipe.select != "best_dev_rouge" or config.probe.rouge_examples,
@@ -104,6 +106,7 @@ def _train(study: Study, run: Run, seed: int) -> None:
     folder, inputs = study.folder(run, seed), _inputs(study, run, seed)
     if manifest.begin(folder, inputs, f"run {run.name} seed {seed}"):
         log.info("%s seed %d: finished before", run.name, seed)
+        _prune(study, folder)
         return
     recipe, objective = recipe_of(study.config, run), objective_of(study.config, run)
     rates, source = _rates(study, run, seed, recipe)
@@ -115,7 +118,14 @@ def _train(study: Study, run: Run, seed: int) -> None:
         facts, grid = _search(folder, rates, fit)
     facts |= {"grid": grid, "lr_from": source, "code_version": code_version(), "versions": versions()}
     manifest.end(folder, inputs, facts)
+    _prune(study, folder)
     _report(study, f"{run.name} seed{seed}", facts)
+
+
+def _prune(study: Study, folder: Path) -> None:
+    """Of a finished run, and of each learning rate that it tried, keep no more training states than the config says."""
+    for place in (folder, *sorted(folder.glob("lr*"))):
+        checkpoint.prune(place / "checkpoints", study.config.checkpoints.finished)
 
 
 def _search(folder: Path, rates: tuple[float, ...], fit: Callable[[float, Path], dict]) -> tuple[dict, list[dict]]:
@@ -126,7 +136,7 @@ def _search(folder: Path, rates: tuple[float, ...], fit: Callable[[float, Path],
     tried: dict[float, dict] = {}
     for lr in rates:
         place = folder / f"lr{lr:g}"
-        if (found := processes.agree(manifest.read(place))) is None:
+        if (found := manifest.intact(place)) is None:
             try:
                 facts = fit(lr, place)
             except FloatingPointError as error:
@@ -196,6 +206,7 @@ def _fit(study: Study, run: Run, seed: int, recipe: train.Recipe, objective: Obj
         feed=feed,
         evaluate=_evaluator(study),
         iterators=iterators,
+        keep=study.config.checkpoints.keep,
         trajectory=study.config.score.trajectory,
     )
     rng = key(study, f"train {run.name}", seed)

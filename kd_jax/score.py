@@ -24,7 +24,7 @@ from kd_jax.data.batches import scoring_batches
 from kd_jax.data.encode import EOS, RESPONSE, Encoded, ragged
 from kd_jax.errors import ConfigError
 from kd_jax.head import Stats, head_stats
-from kd_jax.storage import Path, write_parquet
+from kd_jax.storage import Path, whole, write_parquet
 from kd_jax.transformer import Transformer
 
 FIELDS = ("logp", "log1m_p", "entropy", "logp_std", "rank", "ties", "top1_id", "top1_logp", "top2_gap")  # `basic`
@@ -200,13 +200,13 @@ def score_role(
 def write_shards(
     make: Callable[[np.ndarray], pa.Table], n: int, role: str, folder: Path, size: int, metadata: dict, bar: tqdm
 ) -> None:
-    """Write `make(indices)` for every `size` of n examples as a shard of its own; those that exist are kept.
+    """Write `make(indices)` for every `size` of n examples as a shard of its own; whole ones that exist are kept.
 
     All processes make every table; they take turns in writing.
     """
     starts = range(0, n, size)
     paths = [folder / f"{role}-{shard:05d}.parquet" for shard in range(len(starts))]
-    done = processes.agree([path.exists() for path in paths])
+    done = processes.agree([whole(path) for path in paths] if processes.first() else None)
     for shard, (start, path) in enumerate(zip(starts, paths)):
         indices = np.arange(start, min(start + size, n))
         if done[shard]:

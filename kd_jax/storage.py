@@ -12,13 +12,18 @@ Credentials are the libraries' own: application default credentials, or the serv
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import io
+import logging
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
 import fsspec
@@ -28,8 +33,11 @@ from etils import epath
 
 from kd_jax.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 Path = pathlib.Path | epath.Path
 SCHEME = "gs://"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def as_path(place: str | Path) -> Path:
@@ -78,6 +86,28 @@ def free_bytes(folder: Path) -> int | None:
     return shutil.disk_usage(place).free
 
 
+def full(error: BaseException, workdir: str | Path) -> str | None:
+    """What to tell of an error whose cause is a full disk: which file, what is free; None of any other error.
+
+    TensorStore says it in words only, and libraries wrap errors in errors of their own.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        numbered = isinstance(error, OSError) and error.errno in FULL
+        if numbered or "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+            named = re.search(r'"(/[^"]+)"', str(error))  # as TensorStore does
+            place = (error.filename if numbered else named and named[1]) or str(workdir)
+            free = free_bytes(pathlib.Path(place)) if is_local(place) else None
+            left = "" if free is None else f" ({free / 1e6:.1f} MB free)"
+            return (
+                f"the disk is full{left}: {place} could not be written. What was there before is as it was; make room, "
+                "and the same command continues from the last checkpoint"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
 # --------------------------------------------------------------------------------------------------- single files
 
 
@@ -91,11 +121,27 @@ def create(path: Path) -> Iterator[BinaryIO]:
         return
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as handle:
-        yield handle
-        handle.flush()
-        os.fsync(handle.fileno())  # before the name says that it is whole
-    os.replace(temporary, path)
+    with naming(path):
+        try:
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as handle:
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())  # before the name says that it is whole
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # on a full disk, every half file counts
+            raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A full disk is reported with the name of the file, which the error of a write has not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL and not error.filename:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -108,9 +154,22 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_parquet(path: Path, rows: pa.Table, metadata: Mapping[str, str]) -> None:
-    """Write Parquet (zstd); `metadata` says what the table is."""
+    """Write Parquet (zstd, a checksum for every page); `metadata` says what the table is."""
     with create(path) as handle:
-        pq.write_table(rows.replace_schema_metadata(metadata), handle, compression="zstd")
+        pq.write_table(rows.replace_schema_metadata(metadata), handle, compression="zstd", write_page_checksum=True)
+
+
+def whole(path: Path) -> bool:
+    """Is there a Parquet file that can be read to its end? One that cannot is named in the log."""
+    if not path.exists():
+        return False
+    try:
+        for _ in pq.ParquetFile(readable(path), page_checksum_verification=True).iter_batches():
+            pass  # checksums are compared as pages are read
+    except (OSError, ValueError) as error:  # of Arrow: what it finds at the place where a file is cut or altered
+        log.warning("damaged: %s (%s); made again", path, type(error).__name__)
+        return False
+    return True
 
 
 def readable(path: Path) -> pathlib.Path | io.BytesIO:
@@ -134,21 +193,56 @@ class Log:
             self._text += f"{line}\n"
             write_text(self._path, self._text)
         else:
-            self._handle.write(f"{line}\n")
-            self._handle.flush()
+            with naming(self._path):
+                self._handle.write(f"{line}\n")
+                self._handle.flush()
 
     def close(self) -> None:
         if self._handle is not None:
             self._handle.close()
 
 
+def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """A checksum of each of these files of a folder; "" where there is none.
+
+    Of a local file the sha256: it costs one reading of the file, several at a time. Of an object of a bucket the
+    checksum that the store itself keeps of it, which costs no download.
+    """
+    names = list(names)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(lambda name: _digest(folder / name), names)))
+
+
+def _digest(path: Path) -> str:
+    try:
+        if is_local(path):
+            with path.open("rb") as handle:
+                return hashlib.file_digest(handle, "sha256").hexdigest()
+        return _bucket().info(str(path)).get("crc32c") or hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return ""
+
+
 # -------------------------------------------------------------------------------------------------- files and folders
+
+
+def files(folder: Path, *, deep: bool = True) -> list[str]:
+    """Names of the files below a folder, relative to it and sorted; none where there is no folder.
+
+    Without `deep`, those of the folder itself. Files that are being written are left out.
+    """
+    if is_local(folder):
+        found = [p.relative_to(folder).as_posix() for p in folder.glob("**/*" if deep else "*") if p.is_file()]
+    else:
+        found = [name for name in _names(folder) if deep or "/" not in name]
+    return sorted(n for n in found if not (pathlib.PurePosixPath(n).name.startswith(".") and n.endswith(".tmp")))
 
 
 def copy(source: Path, target: Path) -> None:
     """Copy a file within the machine or within buckets, over one that is there."""
     if is_local(target):
-        shutil.copy(source, target)
+        with create(target) as handle, source.open("rb") as content:
+            shutil.copyfileobj(content, handle)
     else:
         _bucket().copy([str(source)], [str(target)])
 
@@ -163,9 +257,12 @@ def copytree(source: Path, target: Path) -> None:
 
 
 def rmtree(folder: Path) -> None:
-    """Delete a folder; nothing to do where there is none."""
+    """Delete a folder, or a file; nothing to do where there is none."""
     if is_local(folder):
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.is_file():
+            folder.unlink()
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
     else:
         with contextlib.suppress(FileNotFoundError):
             _bucket().rm(str(folder), recursive=True)

@@ -39,6 +39,8 @@ from kd_jax.errors import ConfigError
 from kd_jax.generate import Sampling
 from kd_jax.graph import Run
 from kd_jax.transformer import ModelConfig, Transformer
+from kd_jax.whitebox import table as whitebox
+from kd_jax.whitebox.spec import Whitebox
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +143,8 @@ def open_study(config: ConfigDict, workdir: storage.Path, mesh: Mesh, only: str 
     sampling_spec(study)
     continuing_spec(study)
     windows_spec(study)
+    whitebox_spec(study)
+    whitebox.check(config, runs, set(data.splits.role))
     _check_utility(study)
     for name in config.models:
         _check_model(study, name)
@@ -227,6 +231,14 @@ def windows_spec(study: Study) -> windows.Windows | None:
     """The overlapping windows in which long texts are scored, or None."""
     config = study.config
     return windows.windows(config.memorization, study.data, config.data.max_length, config.seed)
+
+
+def whitebox_spec(study: Study) -> Whitebox:
+    """How runs are looked into whose weights are at hand."""
+    w, scored = study.config.whitebox, scoring_spec(study)
+    plain = dict(vocab=scored.vocab, row_length=scored.row_length, precision=scored.precision, seed=study.config.seed)
+    noise = dict(draws=w.draws, sigma=w.sigma, relative_sigma=w.relative_sigma)
+    return Whitebox(**plain, **noise, batch_rows=w.batch_rows, forms=tuple(w.forms))
 
 
 # ---------------------------------------------------------------------------------------------------------- models

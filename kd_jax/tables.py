@@ -3,6 +3,7 @@
 scores/<run>/seed<k>/plain/          score tables of a run, and manifest.json; ledger.parquet beside them
 scores/<run>/seed<k>/<variant>/      the same of other texts (`kd_jax/variants.py`), or of a checkpoint (step-<n>)
 scores/<run>/seed<k>/continued/      what it generates after prompts and first tokens (`kd_jax/continued.py`)
+scores/<run>/seed<k>/whitebox/       what its weights show of some examples (`kd_jax/whitebox/table.py`)
 scores/<run>/seed<k>/generated/      ROUGE of the run's answers, per example
 scores/pairs/<a>__<b>/seed<k>/       a teacher and its student, token by token
 scores/text/                         what text-only classifiers need
@@ -10,6 +11,7 @@ scores/text/                         what text-only classifiers need
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -47,9 +49,11 @@ from kd_jax.study import (
     recipe_of,
     sampling_spec,
     scoring_spec,
+    whitebox_spec,
     windows_spec,
 )
 from kd_jax.transformer import Transformer
+from kd_jax.whitebox import table as whitebox
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +74,7 @@ def score_runs(study: Study) -> None:
     couples = pairs.chosen(tuple(s.pairs), study.runs)
     if crossed := [f"{a}:{b}" for a, b in couples if {study.runs[a].model, study.runs[b].model} & set(study.own_data)]:
         raise ConfigError(f"score.pairs: the models of {', '.join(crossed)} have different tokenizers")
-    ready = study.ready()
+    ready, looked_into = study.ready(), whitebox.chosen(study.config, study.runs)
     for run, seed in ready:
         own = study.of(run)
         roles = _roles(own)
@@ -82,6 +86,8 @@ def score_runs(study: Study) -> None:
             _score(own, run, seed, {r: e for r, e in roles.items() if r in windows.ROLES}, "windows")
         if continuing_spec(own).examples:
             _continue(own, run, seed, {r: e for r, e in roles.items() if r in continued.ROLES})
+        if run.name in looked_into:
+            _look_into(own, run, seed)
         if study.config.utility.seeds:
             _answer(study, run, seed)
     names = {run.name for run, _ in ready}
@@ -181,6 +187,46 @@ def _continue(study: Study, run: Run, seed: int, roles: dict[str, Encoded]) -> N
             place = (folder.parent / "plain", folder, spec)
             facts[role] = continued.continue_role(model, encoded, role, *place, **generator, metadata=metadata, bar=bar)
     manifest.end(folder, inputs, facts)
+
+
+def _look_into(study: Study, run: Run, seed: int) -> None:
+    """White-box tables of a run, beside the base that it began with. Other settings make these tables anew."""
+    folder, spec, w = study.folder(run, seed, "scores") / "whitebox", whitebox_spec(study), study.config.whitebox
+    base, base_seed = whitebox.base_of(study.runs, run.name, seed)
+    swapped = "swap" in spec.forms and base != run.name
+    trained, source = _trained(study, run, seed)
+    inputs = dict(model=source, seed=study.config.seed, **study.data.fingerprints())
+    inputs["whitebox"] = dataclasses.asdict(spec) | dict(roles=sorted(w.roles), examples=w.examples)
+    if swapped:
+        inputs["base"] = _trained(study, study.runs[base], base_seed)[1]
+    _drop_other_settings(folder, inputs["whitebox"])
+    if manifest.begin(folder, inputs, f"white-box tables of {run.name} seed {seed}"):
+        log.info("%s seed %d, white-box: done before", run.name, seed)
+        return
+    model = load_run(study, run.name, seed)
+    other = load_run(study, base, base_seed) if swapped else None
+    facts = dict(params_fingerprint=checkpoint.fingerprint(model), code_version=code_version())
+    plain = _metadata(study, run, seed, model, facts, trained, scoring_spec(study))
+    metadata = whitebox.describe(plain, spec, model, base if base != run.name else "")
+    roles = {r: whitebox.examples(study.data.of_role(r), w.examples, study.config.seed) for r in w.roles}
+    with progress(sum(map(len, roles.values())), f"weights of {run.name} seed {seed}", unit="example") as bar:
+        for role, encoded in roles.items():
+            whitebox.whitebox_role(model, other, encoded, role, folder, spec, study.mesh, metadata, bar)
+    manifest.end(folder, inputs, facts)
+
+
+def _drop_other_settings(folder: storage.Path, settings: dict) -> None:
+    """Delete white-box tables that were made or begun with other settings; other models are refused as everywhere."""
+
+    def work() -> None:
+        for place in (folder, folder / manifest.BEGUN):
+            with contextlib.suppress(manifest.Damaged):  # `begin` deals with it
+                found = manifest.read(place)
+                if found and manifest.digest(found["inputs"].get("whitebox")) != manifest.digest(settings):
+                    log.info("%s: made with other settings, and made anew", folder)
+                    storage.rmtree(folder)
+
+    processes.once(work, f"white-box settings of {folder}")
 
 
 def _trained_on_heldout(study: Study, run: Run) -> bool:

@@ -127,6 +127,7 @@ def test_too_few_non_members_is_said(experiment):
     (why,) = reasons(summary, model="students/kd", attack="loss", **at)
     assert why == "too few non-members: an FPR of 0.1 % needs 1000 or more, there are 240"
     assert any("0.1 %" in line for line in summary["not_tested"])
+    assert any("no shadow chains of more than two teachers" in line for line in summary["not_tested"])
     empty = found["membership"]["value"].isna().sum() + found["differences"]["difference"].isna().sum()
     assert empty == sum(u["metric"] in METRICS for u in summary["unresolved"])
 

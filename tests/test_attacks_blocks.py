@@ -148,7 +148,8 @@ def test_words(made):
     told = facts(made[1], made[2].to_dict("records"))
     (said,) = [words for words in told["words"] if words.startswith(f"{STUDENT}, noise relative")]
     assert "block 3 of 4 shows most" in said and "above null at the same block; blocks differ (p = " in said
-    assert "scale" in told["note"] or "how large" in told["note"]
+    assert "not what it holds" in said and not any("not what" in w for w in told["words"] if "block put" in w)
+    assert "how large" in told["note"] and "not that it holds the members" in told["note"]
     assert not any(words.startswith(("null", "base_")) for words in told["words"])
     assert place("head", planted.names(2)) == "the head" and place("0", planted.names(2)) == "block 1 of 2"
 
@@ -171,6 +172,22 @@ def test_a_form_or_a_role_that_was_not_scored(tmp_path):
     assert curves == {"swap"} and all(row["metric"] != "auc_less_null" for row in found)
     (words,) = facts(study_of(tmp_path, attacks=["loss"]), found)["words"]
     assert "no null model to set beside it" in words
+
+
+def test_a_form_that_diverged_takes_no_other_along(tmp_path):
+    world = World(tmp_path, {"private": 30, "heldout": 30}, seed=4)
+    world.write(STUDENT)
+    planted.write(world, STUDENT, planted.leak_in(2, 1), forms=("noise_absolute", "swap"))
+    path = tmp_path / STUDENT / "seed0/whitebox/private-00000.parquet"
+    table = pq.read_table(path)
+    made = {name: np.array(table[name].to_pylist()) for name in table.column_names[4:]}
+    made["noise_absolute"][0, 2] = np.nan
+    ids = table["example_id"].to_pylist()
+    planted.save(world, planted.table(ids, "private", ["t"] * 30, [9] * 30, made), STUDENT, "private", 2)
+    found = blocks.rows(study_of(tmp_path, attacks=["loss"]))
+    (missing,) = [row for row in found if "reason" in row]
+    assert missing["form"] == "noise_absolute" and missing["reason"].startswith("block 1: 1 of 30 members")
+    assert {row["form"] for row in found if row.get("block") == "1"} == {"swap"}
 
 
 def test_roles_of_different_models_are_an_error(tmp_path):

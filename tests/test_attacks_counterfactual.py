@@ -148,6 +148,14 @@ def test_groups_are_one_unit():
     assert width(chains) > 1.4 * width(apart)
 
 
+def test_a_measure_that_is_lacking_takes_no_other_along():
+    chains = world(chains=4)
+    for known in chains.kept.values():
+        del known["accuracy"]
+    assert set(counterfactual.examples(study(), chains)["measure"]) == {"LL"}
+    assert any("top1_id" in row.get("reason", "") for row in rows(study(), chains))
+
+
 def test_what_cannot_be_computed_says_why():
     found = rows(study(), world("cheap", 8))
     assert len(found) == 4 and all("one pair of teachers" in row["reason"] for row in found)

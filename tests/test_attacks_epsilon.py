@@ -16,6 +16,7 @@ from attacks.epsilon import (
     CHAIN_ATTACKS,
     COLUMNS,
     _one_a_run,
+    _who_met,
     chain_rows,
     headlines,
     rows,
@@ -97,7 +98,9 @@ def test_what_is_said_of_the_design(frame):
     assert "all its copies (1, 4)" in said["teacher", "canaries:both"]
     assert "all its copies (4)" in said["teacher", "canaries:both@repeats=4"]
     assert all("checked: a coin each" in words for words in said)
-    verdicts = frame[frame.method.notna()].groupby("method")["valid"].unique().map(list).to_dict()
+    assert (frame[frame.strategy == "bonferroni"].valid == "estimate").all()
+    proven = frame[frame.method.notna() & (frame.strategy != "bonferroni")]
+    verdicts = proven.groupby("method")["valid"].unique().map(list).to_dict()
     assert verdicts == {
         "one_run": ["yes"], "one_run_fdp": ["estimate"], "clopper_pearson": ["estimate"], "gdp": ["estimate"]
     }  # fmt: skip
@@ -142,8 +145,9 @@ def test_words(frame):
     said = words(found, "loss")
     assert len(said) == 3  # one line a model: the median over seeds
     null = next(line for line in said if line.startswith("null"))
-    assert "no evidence: bound 0; this design could have shown up to" in null
-    assert "epsilon is at least" in next(line for line in said if line.startswith("teacher"))
+    assert "a control that met nothing: bound 0, as it must be; this design could have shown up to" in null
+    teacher = next(line for line in said if line.startswith("teacher"))
+    assert "epsilon is at least" in teacher and "unit: a canary with all its copies (1, 4)" in teacher
 
 
 def test_without_a_design_there_is_a_reason(tmp_path):
@@ -180,6 +184,14 @@ def test_verdicts():
     assert verdict("clopper_pearson", 0.5, "dependent")[0] == "estimate"
     assert verdict("clopper_pearson", 0.5, "")[0] == "yes" and verdict("gdp", 0.5, "")[0] == "estimate"
     assert verdict("one_run", 1e-4, "")[0] == "no"
+    assert verdict("one_run", 0.5, "", "bonferroni")[0] == "estimate"  # the scores chose the thresholds
+
+
+def test_a_teacher_that_was_not_scored_makes_no_control():
+    told = {"teacher": "teacher", "train_roles": ["public"]}
+    alone = SimpleNamespace(provenance=lambda run: told, runs=["students/kd"])
+    assert _who_met(alone, "students/kd", "teacher_only").startswith("not known")
+    assert "own data" in _who_met(alone, "students/kd", "both")
 
 
 # --- chains ----------------------------------------------------------------------------------------------------------
@@ -212,7 +224,8 @@ def test_chains():
     for inside, values in zip(made.teacher_in, scores, strict=True):
         sides = (values.reshape(-1, 2).mean(1)[inside[::2] == c] for c in (True, False))
         each.append(bounds(*sides, significance=0.025, strategy="bonferroni", methods=("one_run",))[0].epsilon)
-    assert row.epsilon == pytest.approx(np.median(each)) and row.trained_models == 4 and row.valid == "yes"
+    assert row.epsilon == pytest.approx(np.median(each)) and row.trained_models == 4 and row.valid == "estimate"
+    assert main.loc["one_run", "split"].valid == "yes"
     assert (row.least, row.greatest) == (min(each), max(each)) and row.n_in + row.n_out in (99, 100)
     assert "2 layers x 16" in row.conditions and "chain of teacher and student" in row.conditions
     assert set(main.index) == {("one_run", "split"), ("one_run_fdp", "split"), ("one_run", "bonferroni")}
@@ -223,8 +236,10 @@ def test_independent_runs():
     made, scores = chains(40, 100, leak=6.0)
     for attack, valid in (("lira", "estimate"), ("loss", "yes")):
         head = {"model": "m", "source": "chains:full", "attack": attack}
-        (row,) = _one_a_run(made.teacher_in[::2], scores[::2], made.group, head, [], 0)
-        assert (row["method"], row["valid"], row["source"]) == ("clopper_pearson", valid, "chains:full@one_a_run")
+        split, row = _one_a_run(made.teacher_in[::2], scores[::2], made.group, head, [], 0)
+        assert (split["method"], split["valid"], split["strategy"]) == ("clopper_pearson", valid, "split")
+        assert split["trained_models"] == 20 and split["epsilon"] <= split["largest"]
+        assert (row["method"], row["valid"], row["source"]) == ("clopper_pearson", "estimate", "chains:full@one_a_run")
         assert row["trained_models"] == row["n_in"] + row["n_out"] == 20
         most = largest("clopper_pearson", row["n_in"], row["n_out"], Rule(strategy="bonferroni"))
         assert row["epsilon"] == row["largest"] == most > 0
@@ -265,6 +280,14 @@ def test_unfair_chains_are_refused():
     made.teacher_in[2] = np.repeat(np.arange(100) % 8 > 0, 2)
     found = pd.DataFrame(chain_rows(made, {("shadow/teacher", "loss"): scores}, 0))
     assert (found[found.source == "chains:full"].valid == "no").all()
+
+
+def test_chains_that_split_a_group_have_a_reason(study, monkeypatch):
+    made, scores = chains()
+    made.teacher_in[1, 0] = ~made.teacher_in[1, 0]
+    monkeypatch.setattr(epsilon.shadow, "bound_scores", lambda *_: {("shadow/teacher", "loss"): scores})
+    monkeypatch.setattr(epsilon, "canary_rows", lambda _: iter(()))
+    assert any("shadow chains: records of one group" in row.get("reason", "") for row in rows(study, made))
 
 
 def test_null_chains_show_nothing():

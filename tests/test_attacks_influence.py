@@ -76,5 +76,12 @@ def test_of_many_the_strongest_are_kept_in_order(monkeypatch):
     assert floor < value.min()
 
 
+def test_tables_without_the_column_or_without_tokens_have_none():
+    chains = world(chains=4)
+    chains.kept["teacher"]["accuracy"] = (np.full((4, 60), np.nan), np.zeros((4, 0)))
+    del chains.kept["student"]["accuracy"]
+    assert influences(study(), chains).empty
+
+
 def test_one_pair_of_teachers_has_none():
     assert influences(study(), world(chains=8, design="cheap")).empty

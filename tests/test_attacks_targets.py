@@ -36,6 +36,14 @@ def test_values_are_the_means_over_targets(check):
     assert "needs 1000 or more" in found["tpr_at_fpr_0.001"]
 
 
+def test_a_target_with_one_class_has_a_reason():
+    chains, scores = made(n=40)
+    chains.inside[0] = True
+    found = chains.measure(scores)
+    assert set(found) == {"auc", "balanced_accuracy", "tpr_at_fpr_0.01", "tpr_at_fpr_0.001"}
+    assert all("a target has 0 members or non-members" in reason for reason in found.values())
+
+
 def test_a_share_of_few_steps_resolves_no_low_rate():
     chains, scores = made(n=600)
     found = chains.measure(np.round(50 * stats.norm.cdf(scores)) / 50, resolution=50)

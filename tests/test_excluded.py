@@ -268,7 +268,7 @@ def test_windows_are_left_out_one_by_one_or_with_their_record():
         ("ids.csv", "ids.csv is not a Parquet file that is there"),
         ("ids.parquet:mine", r"no column mine; it has \['example_id', 'number'\]"),
         ("ids.parquet:number", "number in .* is int64, not true or false"),
-        ("ids.parquet", "2 of 3 ids in .* are of no record here, the first is x"),
+        ("ids.parquet", "2 of 3 ids in .* are of no record here, and they do not look like ids"),
         ("broken.parquet", "not a Parquet file, or a damaged one"),
     ],
 )

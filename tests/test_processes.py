@@ -33,6 +33,7 @@ def get_config():
     for name in set(config.runs) - set(RUNS):
         del config.runs[name]
     config.data.synthetic.records = 450
+    config.checkpoints.finished = 2
     config.recipes.matched.update(steps=4, checkpoints=2, evaluations=2, accumulation=2)
     for name in ("seqkd", "minillm"):
         config.objectives[name].max_new_tokens = 4

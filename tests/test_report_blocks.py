@@ -78,6 +78,8 @@ def test_tables_say_what_the_csv_says(made):
     assert {"mope", "mope_antithetic", "gradient_norm", "gradient_global", "emergence"} <= set(whole[0])
     (every,) = [rows for c, rows in tables.tables.items() if c.startswith("AUC with its 95")]
     assert [row[1] for row in every[1:] if row[0] == "students/kd"] == ["embedding", "1", "2", "3", "head"]
+    assert "not that it holds the members" in tables.text
+    assert tables.text.index("students/kd, block put into the base:") < tables.text.index("students/kd, noise of one")
     assert "block 1 of 3 shows most" in tables.text and "p: blocks equal" in tables.text
 
 
@@ -91,6 +93,7 @@ def test_pictures_are_drawn_and_described(made):
     image = matplotlib.image.imread(BytesIO(picture.png))
     assert image.shape[1] == 1144 and image[..., :3].std() > 0.05
     assert "students/kd, swap: embedding 0." in picture.alt and "teacher, noise_relative" in picture.alt
+    assert "not members held there" in picture.caption
     assert "null shows as well" in picture.caption and "base_student" not in picture.alt
 
 

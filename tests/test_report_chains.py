@@ -113,13 +113,19 @@ def test_gaps_and_what_is_passed_on(full):
     assert (line["AUC, teacher"], line["AUC, student"]) == ("0.800", "0.700")
     assert line["Student − teacher"] == "−0.100 [−0.130, −0.070]" and line["Ratio of TPR"] == "0.43 [0.40, 0.46]"
     assert line["p corrected"] == "< 0.001"
+    assert "nothing passed on not 0" in tables.text
     gaps = [rows for words, rows in tables.tables.items() if "Paired" in words]
     assert gaps and ["lira_online, logit", "loss", "AUC", "0.150 [0.120, 0.180]", "0.004", "0.008"] in gaps[0]
 
 
 def test_cheap_chains_are_called_so(tmp_path, full):
-    assert "are not LiRA or RMIA" in Tables(chain_section(results_of(tmp_path, "cheap"), {})).text
-    assert "are not LiRA or RMIA" not in Tables(chain_section(full, {})).text
+    cheap, whole = (Tables(chain_section(results, {})).text for results in (results_of(tmp_path, "cheap"), full))
+    assert "are not LiRA or RMIA" in cheap and "the others, but for" not in cheap  # no references outside the pair
+    assert "are not LiRA or RMIA" not in whole and "agree with it on the record" not in whole
+
+
+def test_students_with_data_of_their_own_are_called_so(crossed):
+    assert "agree with it on the record" in Tables(chain_section(crossed, {})).text
 
 
 def test_effects(crossed, full):

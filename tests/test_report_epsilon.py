@@ -62,6 +62,7 @@ def test_plain_words_come_first(results):
     )
     assert "teacher: epsilon is at least 2.50 with 95 % confidence" in said
     assert "shadow/student: epsilon is at least 0.71" in said
+    assert "for the unit named" in said and "nothing about a single record" in said
     assert "9.9" not in said and "1.1" not in said  # attacks that were not named beforehand
     assert "&lt;named&gt;" in html and "nan" not in said
 

@@ -233,7 +233,11 @@ def test_manifests_tell_finished_work_from_stale_and_begun_work(place):
     assert manifest.begin(folder, {"lr": 1}, "run kd") and manifest.read(folder)["facts"] == {"step": 3}
     assert [n for n in names(place) if "begun" in n] == []
     storage.write_text(folder / "manifest.json", "{")
-    with pytest.raises(manifest.StaleWork, match="is not readable JSON"):
+    assert manifest.begin(folder, {"lr": 1}, "run kd") and manifest.read(folder)["facts"] == {"step": 3}
+    assert (folder / "manifest.json").read_bytes() == (folder / "manifest.copy.json").read_bytes()
+    for name in ("manifest.json", "manifest.copy.json"):
+        storage.write_text(folder / name, "{")
+    with pytest.raises(manifest.Damaged, match="manifest.copy.json is damaged"):
         manifest.read(folder)
 
 
@@ -270,9 +274,9 @@ def test_metrics_of_a_resumed_run_go_on_at_its_step(place, monkeypatch):
         def __init__(self, folder, purge_step):
             events.append((folder, purge_step))
 
-        add_scalar, close = (lambda self, *_: None), (lambda self: None)
+        add_scalar, flush, close = (lambda self, *_: None), (lambda self: None), (lambda self: None)
 
-    monkeypatch.setattr(metrics, "SummaryWriter", Events)
+    monkeypatch.setattr(metrics, "Events", Events)
     for start, steps in ((0, (0, 1, 2)), (1, (2, 3))):
         with metrics.Metrics(place / "run", step=start) as writer:
             for step in steps:

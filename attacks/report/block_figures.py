@@ -61,7 +61,7 @@ def _curves(results: Results, frame: pd.DataFrame, students: list[str], beside: 
     banded = [m for m in models if len(students) <= CROWD or m in ("null", results.headline["model"])]
     bands = "bands" if banded == models else f"bands of {' and '.join(map(brief, banded))}, whiskers at the greatest"
     said = f"AUC by block; {results.setting_words(models)}; {bands}: 95 % intervals"
-    figure = titled(WIDTH, height, "Which block carries it", said, sample_words(drawn))
+    figure = titled(WIDTH, height, "Where members show, block by block", said, sample_words(drawn))
     wide = (WIDTH - LEFT - GAP - 0.12) / 2
     ticks = max((curve(frame, m, f) for m in students or models for f in forms), key=len)
     for k, form in enumerate(forms):
@@ -84,7 +84,8 @@ def _curves(results: Results, frame: pd.DataFrame, students: list[str], beside: 
     caption = (
         "From the embedding (emb) through the layers to the head; numbers are the layers of the students, models of "
         "other depth are drawn to the same length. Higher: the block tells members from non-members better; dashed: "
-        "chance. A bump that null shows as well is the block's own, not the leak's."
+        "chance. A bump that null shows as well is the block's own, not the leak's; a bump under noise is a loss that "
+        "depends sharply on the block, not members held there."
     )
     told = "; ".join(f"{m}, {form}: {curve_words(own)}" for m in models for form in forms
                      if len(own := curve(frame, m, form)))  # fmt: skip

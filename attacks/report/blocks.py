@@ -1,7 +1,8 @@
-"""Which block of a model carries what it knows of its members: curves over blocks, and tests that they differ."""
+"""At which block of a model members show: curves over blocks, and tests that they differ."""
 
 import pandas as pd
 
+from attacks.blocks import SAID
 from attacks.report.drawing import Picture
 from attacks.report.markup import (
     Html,
@@ -33,9 +34,11 @@ FORMS = {  # in pairs that stand side by side
 NOTE = (
     "The score of a record is what changes when one block alone is noised, exchanged for that of the checkpoint the "
     "model started from, or read out (logit lens), or how large the gradient of its weights is; the AUC of members "
-    "against non-members by that score is the block's risk. Noise of one size also measures how large a block's "
-    "weights are, and every form how much the block matters for any text: read a curve beside the noise of relative "
-    "size and beside null, the same student without a teacher."
+    "against non-members by that score is the block's risk. Noise on a block says how sharply the loss depends on it, "
+    "not that it holds the members: on a planted model, one block of which was trained on members, all blocks were "
+    "sharp, and only “block put into the base” singled that one out. Noise of one size also measures how large a "
+    "block's weights are, and every form how much the block matters for any text: read a curve beside the noise of "
+    "relative size and beside null, the same student without a teacher."
 )
 CAPTION = (
     "The block that shows most, and the p-value that all blocks have one AUC, or one difference to null (Holm over all "
@@ -50,7 +53,8 @@ def blocks_section(results: Results, pictures: dict[str, Picture]) -> Html:
     if b.empty:
         return Html("")
     words = (results.summary.get("blocks") or {}).get("words") or []
-    own = [w for w in words if w.startswith(f"{results.headline['model']}, noise")]
+    told = (f"{results.headline['model']}, {SAID[form]}" for form in ("swap_back", "noise_absolute", "noise_relative"))
+    own = [w for start in told for w in words if w.startswith(start)]
     parts = [tag("p", NOTE), listed(own) if own else Html("")]
     parts += [figure(picture) for name, picture in pictures.items() if name.startswith("blocks")]
     parts += [model_tables(results, _curve_rows(results, b), CAPTION)]

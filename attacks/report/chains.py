@@ -30,14 +30,24 @@ CHAINS = (
     "but for the one that completes it, are the references. A row is the mean over all targets, never the best one; "
     "SD: from target to target. Models of the shadow size: what larger ones show is another question."
 )
-CHEAP = (
-    "One pair of teachers taught all students: scores are calibrated by models of the same two teachers. They are not "
-    "LiRA or RMIA, and no bound on epsilon follows from them."
+CROSSED = (
+    "Students have random halves in their own data as well: one is compared with students that agree with it on the "
+    "record, and asked about its teacher's data alone."
 )
-GAPS = "A gap above 0: the attack with many models ranks members better. p corrected: Holm over the attacks compared."
+CHEAP = (
+    "Two teachers, of which one had a random half of the private and the held-out records and the other the rest, "
+    "taught all students. In and out refer to the teacher's data. Scores are calibrated by other students of the same "
+    "two teachers: they are not LiRA or RMIA, and no bound on epsilon follows from them. A row is the mean over all "
+    "targets; its interval holds for these two teachers. SD: from target to target."
+)
+GAPS = (
+    "A gap above 0: the attack with many models ranks members better. p corrected: Holm over the cheaper attacks that "
+    "the same one is set beside, by model and metric; not over the attacks with many models."
+)
 PASSED = (
     "What the teacher knows of its members and the student shows as well, by the same attack on the same records. "
-    "Ratio: of the members found at FPR 1 %, student over teacher; 1 would be all of it."
+    "Ratio: of the members found at FPR 1 %, student over teacher; 1 would be all of it, and nothing passed on not 0 "
+    "but 1 % over the teacher's rate: chance finds 1 % of the members."
 )
 MEMORIZED = (
     "What one record does: how well models know it that had it in their data, less those that had not. Direct: in the "
@@ -60,7 +70,8 @@ def chain_section(results: Results, pictures: dict[str, Picture]) -> Html:
     s = results.shadow[results.shadow["value"].notna()]
     if s.empty:
         return Html("")
-    parts = [tag("p", CHAINS), tag("p", CHEAP) if (s["design"] == "cheap").any() else ""]
+    design = s["design"].iloc[0]
+    parts = [tag("p", CHEAP if design == "cheap" else CHAINS), tag("p", CROSSED) if design == "two_by_two" else ""]
     parts += [tag("p", f"Size: {size_words(s)}."), *(figure(pictures.get(k)) for k in ("chains", "chains-tpr"))]
     alone, gaps = s[s["against"] == ""], s[s["against"].isin(set(s["attack"]))]
     parts += [_attacks(alone[alone["model"] == model]) for model in (TEACHER, STUDENT)]

@@ -7,8 +7,9 @@ from attacks.report.markup import Html, finite, folded, join, listed, signed, ta
 from attacks.report.results import Results, in_order
 
 EPSILON = (
-    "A claim of (ε, δ)-differential privacy with an ε below the bound is refuted with 95 % confidence, by this attack "
-    "on these records. What was put in was drawn by a fair coin each, and what was left out by the other side of it. A "
+    "A claim of (ε, δ)-differential privacy for the unit named, with an ε below the bound, is refuted with 95 % "
+    "confidence, by this attack on these records; of a canary with many copies it says nothing about a single record. "
+    "What was put in was drawn by a fair coin each, and what was left out by the other side of it. A "
     "bound of 0 is no evidence, and says nothing of how private the model is: beside it stands the largest bound that "
     "the same design could have shown, had the attack been perfect. Named beforehand: one training run, the threshold "
     "from a half of the records, the primary attack; every further row is at its own confidence, not corrected for "

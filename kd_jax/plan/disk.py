@@ -20,7 +20,6 @@ from kd_jax.score import FIELDS
 from kd_jax.teacher_cache import CacheSpec
 from kd_jax.transformer import Transformer
 
-KEPT = 2  # checkpoints of a run (kd_jax.loop.Task.keep)
 ROW_BYTES = 64  # ids and sizes of an example in a score table
 # Parquet keeps up to 1 MiB of distinct values as a dictionary: 18 bits beside each 4 bytes that do not repeat, and a
 # bit that says where a list begins, 1.59 in all. Tables made here took 0.80 to 0.94.
@@ -89,9 +88,9 @@ def _all_checkpoint_bytes(sketch: Sketch, trained: list[Run]) -> float:
 
 
 def _checkpoint_bytes(sketch: Sketch, run: Run) -> float:
-    """Kept checkpoints, final parameters, and the selected ones."""
+    """Kept checkpoints, final parameters, and the selected ones: an upper bound, since a finished run keeps fewer."""
     model, state = _sizes(sketch, run)
-    one = KEPT * state + model * (1 if sketch.recipe(run).select == "last" else 2)
+    one = sketch.config.checkpoints.keep * state + model * (1 if sketch.recipe(run).select == "last" else 2)
     return float(_folders(sketch, run) * one)
 
 

@@ -63,7 +63,7 @@ def all_sections(results: Results, pictures: dict[str, Picture], show_canaries: 
         "decisions": ("Decisions record by record", decision_section(results)),
         "differences": ("Differences", _differences(results)),
         "chains": ("Attacks by many models", chain_section(results, pictures)),
-        "blocks": ("Which block carries it", blocks_section(results, pictures)),
+        "blocks": ("Where members show, block by block", blocks_section(results, pictures)),
         "epsilon": ("Privacy lower bounds", epsilon_section(results)),
         "claims": ("Memorization: three claims", claim_section(results)),
         "memorized": ("What is memorized", memorized_section(results, pictures)),

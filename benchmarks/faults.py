@@ -3,10 +3,11 @@
     python -m benchmarks.faults --minutes=30 [--seed=0] [--workdir=FOLDER] [--config=...]
 
 The study runs undisturbed once. Then copy after copy of it is started, killed up to `--faults` times, and run to its
-end. A fault is SIGKILL or SIGTERM at a random moment, or SIGKILL just before or just after the n-th time that the
-program renames, removes or makes a file or folder: that is also where a folder has its name and its manifest is not
-there yet. Every CSV file of the report, every score table, ledger and fingerprint must then be that of the undisturbed
-study. Prints how many faults fell into which stage, and ends with 1 where anything differs or a start failed.
+end. The first fault of a copy falls into a stage, into each as often as into the others. A fault is SIGKILL or SIGTERM
+at a random moment, or SIGKILL just before or just after the n-th time that the program renames, removes or makes a file
+or folder: that is also where a folder has its name and its manifest is not there yet. Every CSV file of the report,
+every score table, ledger and fingerprint must then be that of the undisturbed study. Prints how many faults fell into
+which stage, and ends with 1 where anything differs or a start failed.
 """
 
 from __future__ import annotations
@@ -24,27 +25,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 OPERATIONS = ((os, "rename"), (os, "replace"), (os, "unlink"), (os, "remove"), (os, "mkdir"), (shutil, "rmtree"))
-STUDY = (  # every kind of file that a run leaves: several checkpoints, a best one, a trajectory, a grid
-    "--config.recipes.matched.checkpoints=3",
-    "--config.recipes.matched.evaluations=3",
-    "--config.recipes.matched.select=best_dev_loss",
-    "--config.recipes.matched.lr_grid=(1e-3,2e-3)",
-    "--config.score.trajectory=2",
-    "--config.attack.bootstrap=50",
-)
 AGAIN = 75  # exit code after SIGTERM
 
 
 # ------------------------------------------------------------------------------------------------ the program, killed
 
 
-def die_at(number: int) -> None:
+def die_at(number: int) -> Callable[[], int]:
     """Let this process die by SIGKILL at its `number`-th operation on files: odd numbers before it, even ones after.
 
-    Writes `operations N` to stderr at the end, where it lives that long.
+    Returns what says how many there were so far.
     """
     count = 0
 
@@ -64,26 +58,31 @@ def die_at(number: int) -> None:
 
     for module, name in OPERATIONS:
         setattr(module, name, watched(getattr(module, name)))
-    import atexit
-
-    atexit.register(lambda: print(f"operations {count}", file=sys.stderr))
+    return lambda: count
 
 
 def program(number: int, arguments: list[str]) -> None:
-    """main.py in this process, which says when a stage begins."""
+    """main.py in this process, which says when a stage begins: `stage NAME SECONDS OPERATIONS`."""
+    import atexit
+
+    began, count = time.monotonic(), die_at(number)
     from absl import app
 
     import main
 
+    def announce(name: str) -> None:
+        print(f"stage {name} {time.monotonic() - began:.2f} {count()}", file=sys.stderr, flush=True)
+
     def announced(name: str, stage: Callable) -> Callable:
         def run(study):
-            print(f"stage {name}", file=sys.stderr, flush=True)
+            announce(name)
             return stage(study)
 
         return run
 
     main.STAGES.update({name: announced(name, stage) for name, stage in main.STAGES.items()})
-    die_at(number)
+    announce("start")
+    atexit.register(announce, "end")
     main.flags.mark_flag_as_required("config")
     app.run(main.main, argv=["main.py", *arguments])
 
@@ -91,9 +90,17 @@ def program(number: int, arguments: list[str]) -> None:
 # ------------------------------------------------------------------------------------------------ starts and faults
 
 
+class Moment(NamedTuple):
+    """When a stage of the undisturbed study began."""
+
+    stage: str
+    seconds: float
+    operations: int
+
+
 def start(workdir: Path, config: str, cache: Path, *, operation: int = 0) -> subprocess.Popen:
     command = [sys.executable, "-m", "benchmarks.faults", f"--die-at={operation}", "--"]
-    command += [f"--config={config}", f"--workdir={workdir}", *STUDY]
+    command += [f"--config={config}", f"--workdir={workdir}"]
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
@@ -106,27 +113,29 @@ def said(workdir: Path) -> list[str]:
     return (workdir.parent / f"{workdir.name}.log").read_text(errors="replace").splitlines()
 
 
-def stage_of(workdir: Path, since: int) -> str:
-    """The stage that a start was in when it ended; `since` counts the lines of the log before it."""
-    stages = [line.split()[-1] for line in said(workdir)[since:] if line.startswith("stage ")]
-    return stages[-1] if stages else "start"
+def moments(workdir: Path, since: int = 0) -> list[Moment]:
+    """The stages that a start announced; `since` counts the lines of the log before it."""
+    words = [line.split() for line in said(workdir)[since:] if line.startswith("stage ")]
+    return [Moment(name, float(seconds), int(operations)) for _, name, seconds, operations in words]
 
 
-def disturb(workdir: Path, config: str, cache: Path, chance: random.Random, seconds: float, operations: int):
+def disturb(workdir: Path, config: str, cache: Path, chance: random.Random, between: tuple[Moment, Moment]):
     """One start with one fault: returns (kind, stage, exit code); kind is "" where it ended before the fault."""
     kind = chance.choice(["SIGKILL", "SIGTERM", "operation", "operation"])
     since = len(said(workdir)) if (workdir.parent / f"{workdir.name}.log").exists() else 0
-    early = chance.random() ** 2  # rather early than late: the next start has less to do
-    number = 1 + int(early * operations) if kind == "operation" else 0
+    share = chance.random()
+    at = lambda what: (1 - share) * getattr(between[0], what) + share * getattr(between[1], what)
+    number = 1 + int(at("operations")) if kind == "operation" else 0
     process = start(workdir, config, cache, operation=number)
     try:
-        process.wait(timeout=None if number else early * seconds)
+        process.wait(timeout=None if number else at("seconds"))
     except subprocess.TimeoutExpired:
         process.send_signal(getattr(signal, kind))
         process.wait()
     code = process.returncode
     hit = code in (-signal.SIGKILL, -signal.SIGTERM, AGAIN)
-    return (kind if hit else ""), stage_of(workdir, since), code
+    seen = moments(workdir, since)
+    return (kind if hit else ""), (seen[-1].stage if seen else "start"), code
 
 
 # ------------------------------------------------------------------------------------------------------ comparison
@@ -162,26 +171,28 @@ def soak(folder: Path, config: str, minutes: float, seed: int, faults: int) -> i
     """Returns the number of copies that failed or differ."""
     chance, cache = random.Random(seed), folder / "compiled"
     undisturbed = folder / "undisturbed"
-    for _ in range(2):  # once to fill the cache of compiled programs, once to take the time
+    for _ in range(2):  # once to fill the cache of compiled programs, once to take the times
         shutil.rmtree(undisturbed, ignore_errors=True)
-        began = time.monotonic()
+        (folder / "undisturbed.log").unlink(missing_ok=True)
         if start(undisturbed, config, cache).wait():
             print("\n".join(["the undisturbed study failed:", *said(undisturbed)[-20:]]))
             return 1
-    seconds = time.monotonic() - began
-    operations = int(next(line for line in reversed(said(undisturbed)) if line.startswith("operations ")).split()[1])
-    expected = results(undisturbed)
-    print(f"undisturbed: {seconds:.0f} s, {operations} operations on files, {len(expected)} tables", flush=True)
+    known = moments(undisturbed)
+    stages, expected = list(zip(known, known[1:])), results(undisturbed)
+    print(f"undisturbed: {known[-1].seconds:.0f} s, {known[-1].operations} operations on files, {len(expected)} tables")
+    print(", ".join(f"{a.stage} {b.seconds - a.seconds:.0f} s" for a, b in stages), flush=True)
 
     until, met, bad, copies = time.monotonic() + 60 * minutes, collections.Counter(), 0, 0
     while time.monotonic() < until or not copies:
         copies += 1
         workdir = folder / f"copy{copies}"
+        between = stages[(copies - 1) % len(stages)]
         for _ in range(chance.randint(1, faults)):
-            kind, stage, code = disturb(workdir, config, cache, chance, seconds, operations)
+            kind, stage, code = disturb(workdir, config, cache, chance, between)
             if not kind:
                 break
             met[kind, stage] += 1
+            between = stages[0]  # what comes next has less to do: early, or not at all
         problem = [f"a start ended with {code}"] if not kind and code else []
         if not problem and (code := start(workdir, config, cache).wait()):
             problem = [f"the last start ended with {code}"]
@@ -202,7 +213,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0, help="copies begin within this time")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--faults", type=int, default=4, help="of a copy, at most")
-    parser.add_argument("--config", default="configs/quickstart.py:tiny")
+    parser.add_argument("--config", default="benchmarks/_faults_study.py")
     parser.add_argument("--workdir", type=Path, help="kept; default a temporary folder")
     parser.add_argument("--die-at", type=int, default=None, help=argparse.SUPPRESS)  # how it starts the program
     parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)

@@ -14,6 +14,7 @@ TEXT |= {"ci_kind", "seed", "gate", "verdict", "measure", "test", "rule", "teach
 TEXT |= {"by_construction", "placement", "example_id"}
 TEXT |= {"role", "baseline", "region", "features", "protocol", "claim", "form", "block"}
 TEXT |= {"source", "method", "strategy", "valid", "conditions", "size", "design", "statistic", "against", "effect"}
+NUMBERS = {("tasks.csv", "statistic")}  # of a name that is text elsewhere
 COLUMNS = {
     "membership.csv": "model technique setting access attack role_pair task metric value ci_low ci_high ci_kind "
     "n_members n_nonmembers seed",
@@ -247,8 +248,9 @@ class Results:
 def _read(folder: Path, name: str) -> pd.DataFrame:
     columns = COLUMNS[name].split()
     path = folder / name
+    text = {c for c in columns if c in TEXT and (name, c) not in NUMBERS}
     if not path.exists():
-        return pd.DataFrame({c: pd.Series(dtype=str if c in TEXT else float) for c in columns})
+        return pd.DataFrame({c: pd.Series(dtype=str if c in text else float) for c in columns})
     if path.suffix == ".parquet":
         frame = pd.read_parquet(path)
     else:
@@ -257,7 +259,7 @@ def _read(folder: Path, name: str) -> pd.DataFrame:
     if absent := [c for c in columns if c not in frame]:
         raise ValueError(f"{path}: no column {', '.join(absent)}; run the attack stage of this version again")
     for c in columns:
-        frame[c] = frame[c].astype(str) if c in TEXT else pd.to_numeric(frame[c].replace("", None)).astype(float)
+        frame[c] = frame[c].astype(str) if c in text else pd.to_numeric(frame[c].replace("", None)).astype(float)
     return frame[columns]
 
 

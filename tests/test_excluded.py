@@ -173,10 +173,10 @@ def test_what_the_loop_left_is_compared(loop):
 def test_a_list_from_other_models_is_refused(loop, tmp_path):
     workdir = tmp_path / "work"
     shutil.copytree(loop[0].parent, tmp_path, dirs_exist_ok=True)
-    path = workdir / "runs/students/kd/seed0/manifest.json"
-    changed = json.loads(path.read_text())
-    changed["facts"]["params_fingerprint"] = "another"  # as if it had been trained anew
-    path.write_text(json.dumps(changed))
+    folder = workdir / "runs/students/kd/seed0"
+    changed = manifest.read(folder)
+    # as if it had been trained anew
+    manifest.write(folder, changed["inputs"], changed["facts"] | {"params_fingerprint": "another"})
     shutil.rmtree(workdir / "scores" / "students" / "kd")
     for stage in (lambda study: study.ready(), lambda study: write_lists(study, write_filter)):
         with pytest.raises(StaleWork, match="models.students/kd: was .*, is 'another'"):

@@ -66,12 +66,14 @@ def program(number: int, arguments: list[str]) -> None:
     import atexit
 
     began, count = time.monotonic(), die_at(number)
-    from absl import app
-
-    import main
 
     def announce(name: str) -> None:
         print(f"stage {name} {time.monotonic() - began:.2f} {count()}", file=sys.stderr, flush=True)
+
+    announce("start")
+    from absl import app
+
+    import main
 
     def announced(name: str, stage: Callable) -> Callable:
         def run(study):
@@ -81,7 +83,6 @@ def program(number: int, arguments: list[str]) -> None:
         return run
 
     main.STAGES.update({name: announced(name, stage) for name, stage in main.STAGES.items()})
-    announce("start")
     atexit.register(announce, "end")
     main.flags.mark_flag_as_required("config")
     app.run(main.main, argv=["main.py", *arguments])
@@ -192,7 +193,7 @@ def soak(folder: Path, config: str, minutes: float, seed: int, faults: int) -> i
             if not kind:
                 break
             met[kind, stage] += 1
-            between = stages[0]  # what comes next has less to do: early, or not at all
+            between = chance.choice(stages)
         problem = [f"a start ended with {code}"] if not kind and code else []
         if not problem and (code := start(workdir, config, cache).wait()):
             problem = [f"the last start ended with {code}"]

@@ -212,7 +212,7 @@ def test_a_text_that_a_tokenizer_cannot_cut_is_not_quoted(place, spec):
     """The pattern is harmless on all but the record."""
     (place / "tokenizer.json").write_text(json.dumps(spec | {"pre_tokenizer": split("(Z|q+)+(?=!)")}))
     tok = tokenizer.load({"json": str(place / "tokenizer.json")})
-    refusal(tok.encode_batch, ["fine", "q" * 5000 + SECRET])
+    assert "tokenizer" in refusal(tok.encode_batch, ["fine", "q" * 5000 + SECRET])
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b'{"a":' * 50_000])

@@ -49,14 +49,10 @@ PLAIN = "teacher/seed0/plain/private-00000.parquet"
 TEXT, SPLITS, COUNTS = "text/private.parquet", "text/splits.parquet", "text/token_counts.npz"
 
 
-def read(folder: Path) -> None:
+def read(folder: Path) -> list:
     """Everything that stands in a folder of scores."""
-    for table in tables.read_scores(folder):
-        for role in table.files:
-            table.load(role, FIELDS)
-    tables.read_text(folder, "private")
-    tables.read_splits(folder)
-    tables.read_counts(folder)
+    loaded = [table.load(role, FIELDS) for table in tables.read_scores(folder) for role in table.files]
+    return [*loaded, tables.read_text(folder, "private"), tables.read_splits(folder), tables.read_counts(folder)]
 
 
 def refusal(folder: Path) -> str:
@@ -78,7 +74,9 @@ def put(name: str, column) -> object:
 
 
 def test_a_whole_folder_is_read(scores):
-    read(scores)
+    *loaded, text, splits, counts = read(scores)
+    assert [len(tokens.ids) for tokens in loaded] == [12, 12]
+    assert len(text) == len(splits) == 12 and list(counts) == list(range(50))
 
 
 @BOUNDED

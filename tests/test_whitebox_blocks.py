@@ -8,75 +8,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import planted_examples
 import pytest
+from planted_examples import POST, TIED, UNTIED, VOCAB
 
 from kd_jax import sharding
-from kd_jax.data.encode import EOS, PROMPT, RESPONSE, Encoded
+from kd_jax.data.encode import PROMPT, Encoded
 from kd_jax.errors import ConfigError
-from kd_jax.transformer import ModelConfig, Transformer
+from kd_jax.transformer import Transformer
 from kd_jax.whitebox import blocks
 from kd_jax.whitebox.spec import Whitebox, block_names, block_rms, blocks_of, example_means
 
-VOCAB, ROWS = 29, 32  # ids in use, rows of the models' tables
 SPEC = Whitebox(VOCAB, row_length=24, batch_rows=2, draws=2, sigma=0.05, relative_sigma=0.2, seed=3, forms=("noise",))
-SIZE = dict(vocab_size=ROWS, width=16, layers=3, heads=4, mlp=16, max_positions=ROWS)  # few shapes: few programs
-FAMILIES = {  # GPT-2; LLaMA with an output table of its own; OPT-350M: projections and no final norm
-    "tied": ModelConfig(
-        **SIZE,
-        kv_heads=4,
-        head_dim=4,
-        embed_dim=16,
-        norm="layernorm",
-        norm_bias=True,
-        activation="gelu_tanh",
-        gated=False,
-        positions="learned",
-        tie_embeddings=True,
-        mlp_bias=True,
-    ),
-    "untied": ModelConfig(**SIZE, kv_heads=2, head_dim=4, embed_dim=16, rotary_dim=4),
-    "projected": ModelConfig(
-        **SIZE,
-        kv_heads=4,
-        head_dim=4,
-        embed_dim=8,
-        norm="layernorm",
-        norm_placement="post",
-        final_norm=False,
-        activation="relu",
-        gated=False,
-        positions="learned",
-        position_offset=2,
-        tie_embeddings=True,
-    ),
-}
 
 
 def one_device():
     return sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
 
-@functools.cache
-def random_model(family: str, seed: int = 0) -> Transformer:
-    """Far from uniform, as a trained model is."""
-    shapes, rng = jax.eval_shape(lambda: Transformer(FAMILIES[family], jax.random.key(0))), np.random.default_rng(seed)
-    draw = lambda name, x: rng.normal(name.endswith("scale"), 0.2, x.shape).astype(np.float32)
-    leaves = [jnp.asarray(draw(name, x)) for name, x in zip(sharding.names(shapes), jax.tree.leaves(shapes))]
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-
-
-def texts(n: int, seed: int = 0, length: tuple[int, int] = (4, 12)) -> Encoded:
-    """n invented examples with prompts of two tokens."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(*length, n)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    segment = np.full(offsets[-1], RESPONSE, np.int8)
-    segment[offsets[:-1]] = segment[offsets[:-1] + 1] = PROMPT
-    segment[offsets[1:] - 1] = EOS
-    ids = np.array([f"t{i:03d}" for i in range(n)])
-    nothing = np.zeros(n, np.int32)
-    tokens = rng.integers(0, VOCAB, offsets[-1]).astype(np.int32)
-    return Encoded(ids, ids, np.full(n, "t"), tokens, offsets, segment, nothing, nothing, {})
+random_model = functools.partial(planted_examples.model, size=0.2)
+texts = functools.partial(planted_examples.encoded, prompt=2)
 
 
 def run(f, *models, encoded=None, indices=None, spec=SPEC, mesh=None):
@@ -169,7 +120,7 @@ def naive_noise(model, encoded) -> dict[str, np.ndarray]:
 
 
 def test_noise_equals_a_loop_over_perturbed_copies(check):
-    model, encoded = random_model("tied"), texts(6)
+    model, encoded = random_model(TIED), texts(6)
     before = named(model)
     found, naive = run(blocks.noise, model), naive_noise(model, encoded)
     assert set(found) == set(naive)
@@ -187,7 +138,7 @@ def test_noise_equals_a_loop_over_perturbed_copies(check):
 
 def test_noise_on_eight_devices_and_in_other_batches_is_the_same(check):
     """Against the plain loop on one device; more and longer rows, which change the padding."""
-    model, encoded = random_model("untied"), texts(6)
+    model, encoded = random_model(UNTIED), texts(6)
     spec = dataclasses.replace(SPEC, batch_rows=8, row_length=32)
     spread = run(blocks.noise, model, spec=spec, mesh=sharding.make_mesh(4, 1, 2))
     for name, expected in naive_noise(model, encoded).items():
@@ -195,7 +146,7 @@ def test_noise_on_eight_devices_and_in_other_batches_is_the_same(check):
 
 
 def test_noise_of_size_zero_changes_nothing_and_draws_are_averaged(check):
-    model = random_model("tied")
+    model = random_model(TIED)
     none = run(blocks.noise, model, spec=dataclasses.replace(SPEC, sigma=0.0, relative_sigma=0.0))
     assert all(np.all(none[name] == 0) for name in blocks.NOISE[1:])
     one, two = (run(blocks.noise, model, spec=dataclasses.replace(SPEC, draws=n)) for n in (1, 2))
@@ -207,7 +158,7 @@ def test_noise_of_size_zero_changes_nothing_and_draws_are_averaged(check):
 # ------------------------------------------------------------------------------------------------------------ swap
 
 
-@pytest.mark.parametrize("family", ["untied", "projected"])
+@pytest.mark.parametrize("family", [UNTIED, POST], ids=["untied", "post"])
 def test_swap_equals_a_loop_over_exchanged_copies(family, check):
     model, base, encoded = random_model(family), random_model(family, seed=1), texts(6)
     found = run(blocks.swap, model, base)
@@ -222,13 +173,13 @@ def test_swap_equals_a_loop_over_exchanged_copies(family, check):
 
 
 def test_a_model_exchanged_with_itself_stays_the_same():
-    found = run(blocks.swap, random_model("untied"), random_model("untied"))
+    found = run(blocks.swap, random_model(UNTIED), random_model(UNTIED))
     assert np.all(found["swap"] == 0) and np.all(found["swap_back"] == 0)
 
 
 def test_models_of_other_shapes_are_refused():
     with pytest.raises(ConfigError, match="same shape"):
-        run(blocks.swap, random_model("tied"), random_model("untied"))
+        run(blocks.swap, random_model(TIED), random_model(UNTIED))
 
 
 # --------------------------------------------------------------------------------------------------- a planted block
@@ -255,8 +206,8 @@ def trained(model, tokens, trains):
 
 def test_the_one_block_that_was_trained_on_members_stands_out():
     """All weights are trained on public texts, then layer 1 alone on members: where do the attacks see it?"""
-    members, others, public, more = (texts(16, seed=s, length=(10, 11)) for s in range(4))
-    start = random_model("tied")
+    members, others, public, more = (texts(16, seed=s, lengths=(10, 11)) for s in range(4))
+    start = random_model(TIED)
     everything = jax.tree.map(jnp.ones_like, start)
     one = {n: np.zeros_like(w) for n, w in named(start).items()}
     one = jax.tree.map(jnp.asarray, rebuilt(start, only(one, named(everything), "1")))
@@ -276,12 +227,12 @@ def test_the_one_block_that_was_trained_on_members_stands_out():
     rest = lambda form: max(auc for place, auc in enumerate(found[form]) if place != 2)
     assert found["swap"][2] > max(0.99, rest("swap"))
     assert found["swap_back"][2] > 0.85 and rest("swap_back") < 0.7  # no other block ever saw a member
-    for form in ("noise_absolute", "noise_relative"):  # members are sharp in every layer: noise does not say in which
+    for form in ("noise_absolute", "noise_relative"):  # noise does not say where they were learnt
         assert found[form][2] > 0.9 and rest(form) > 0.9
 
 
 def test_blocks_cover_every_parameter_once_and_their_size_is_that_of_their_weights(check):
-    for family in ("untied", "projected"):
+    for family in (UNTIED, POST):
         model = random_model(family)
         leaves, each = named(model), block_names(model.cfg)
         assert each == ("embedding", "0", "1", "2", "head")

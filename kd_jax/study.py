@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -277,9 +277,14 @@ def base_model(study: Study, run: Run, seed: int) -> Transformer:
     if model.path:
         place = functools.partial(sharding.place, mesh=study.mesh)
         return hf.load_pretrained(model.path, revision=model.revision or None, place=place)
-    make = functools.partial(Transformer, model_config(study, run.model))
-    shardings = sharding.shardings(jax.eval_shape(make, jax.random.key(0)), study.mesh)
-    return jax.jit(make, out_shardings=shardings)(key(study, f"init {run.model}", seed))
+    return _draw(model_config(study, run.model), study.mesh)(key(study, f"init {run.model}", seed))
+
+
+@functools.lru_cache(maxsize=8)
+def _draw(config: ModelConfig, mesh: Mesh) -> Callable[[jax.Array], Transformer]:
+    """Kept: every seed, and every stage that compares with the base, draws it again."""
+    make = functools.partial(Transformer, config)
+    return jax.jit(make, out_shardings=sharding.shardings(jax.eval_shape(make, jax.random.key(0)), mesh))
 
 
 def number(study: Study, purpose: str, seed: int) -> int:

@@ -1,15 +1,31 @@
-"""Eight virtual devices for every test, and the closing table of scientific checks."""
+"""Eight virtual devices for every test, programs compiled quickly and once, and the table of scientific checks."""
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Compiling is most of the work. Machine code is left as LLVM makes it without its passes; the quickstart and
+# tests/test_end_to_end.py run what users run, and with JAX_DISABLE_MOST_OPTIMIZATIONS=0 so does every test.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
 
 _CHECKS: dict[str, tuple[float, float, int]] = {}  # name -> worst deviation, its tolerance, number of comparisons
+
+
+def pytest_configure(config):
+    """What one process of the tests compiled, another one, or a program that a test starts, need not compile again."""
+    if not hasattr(config, "workerinput") and not jax.config.jax_compilation_cache_dir:
+        folder = tempfile.mkdtemp(prefix="compiled-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        settings = {"jax_compilation_cache_dir": folder, "jax_persistent_cache_min_compile_time_secs": 0.0}
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -89,9 +89,8 @@ def study_config(records: str) -> ConfigDict:
 def start(workdir: Path, *arguments: str) -> subprocess.CompletedProcess:
     config = workdir.parent / "study.py"
     config.write_text(STUDY.format(tests=str(ROOT / "tests"), records=str(workdir.parent / "records.jsonl")))
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiling is the cost here
     command = [sys.executable, "main.py", f"--config={config}", f"--workdir={workdir}", *arguments]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 

@@ -43,24 +43,39 @@ def get_config():
     config.score.roles = ("private", "heldout")
     return config
 """
+KD_ALONE = STUDY.replace(', "students/seqkd", "students/minillm"', "")
+# Where it is about starts and ends alone: few programs to compile.
+LITTLE = """
+from configs import quickstart
+
+
+def get_config():
+    config = quickstart.get_config("tiny")
+    for name in set(config.runs) - {"base_teacher", "base_student", "teacher", "students/kd"}:
+        del config.runs[name]
+    config.data.synthetic.records = 450
+    config.recipes.matched.update(steps=4, checkpoints=2, evaluations=2)
+    config.probe.examples = 16
+    config.score.roles = ("private", "heldout")
+    return config
+"""
 # Every axis is split at least once, and each crosses processes somewhere.
 MESHES = {1: (2, 2, 1), 2: (1, 2, 2), 4: (2, 1, 2)}  # processes -> data, fsdp, tensor
 RUNS = ("init_student", "teacher", "students/kd", "students/seqkd", "students/minillm")
 
 
 def begin(
-    workdir: Path, count: int, mesh: tuple, *, stages="train,score", steps=4, kd_alone=False, own: dict | None = None
+    workdir: Path, count: int, mesh: tuple, study: str, *, stages="train,score", own: dict | None = None
 ) -> list[subprocess.Popen]:
     """Start `count` processes; they write logs beside the work directory. own: further flags by process."""
-    config, text = workdir.parent / "study.py", STUDY.replace("steps=4", f"steps={steps}")
-    config.write_text(text.replace(', "students/seqkd", "students/minillm"', "") if kd_alone else text)
+    config = workdir.parent / "study.py"
+    config.write_text(study)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # compiling is the cost here
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={int(np.prod(mesh)) // count} {quick}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={int(np.prod(mesh)) // count}",
     }
     command = [sys.executable, "main.py", f"--config={config}", f"--workdir={workdir}"]
     command += [f"--stages={stages}"] if stages else []
@@ -92,9 +107,9 @@ def wait_for(ready, started: list[subprocess.Popen]) -> None:
     raise AssertionError("waited for five minutes")
 
 
-def launch(workdir: Path, count: int, mesh: tuple[int, int, int], kd_alone: bool = False) -> None:
+def launch(workdir: Path, count: int, mesh: tuple[int, int, int], study: str = STUDY) -> None:
     """Train and score with `count` processes that hold four devices together; fails with what they said."""
-    started = begin(workdir, count, mesh, kd_alone=kd_alone)
+    started = begin(workdir, count, mesh, study)
     try:
         codes = [process.wait(timeout=900) for process in started]
     finally:
@@ -113,7 +128,7 @@ def one(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", params=[2, 4])
 def several(request, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("processes") / "several"
-    launch(workdir, request.param, MESHES[request.param], kd_alone=request.param == 4)  # four compile all on their own
+    launch(workdir, request.param, MESHES[request.param], STUDY if request.param == 2 else KD_ALONE)
     return workdir
 
 
@@ -201,7 +216,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(one, tmp_path, check):
     (folder / "manifest.copy.json").unlink()  # as it is while a run is trained: a note, and no manifest
     (folder / "begun").mkdir()
     (folder / "manifest.json").rename(folder / "begun" / "manifest.json")
-    launch(workdir, 2, (1, 4, 1), kd_alone=True)
+    launch(workdir, 2, (1, 4, 1), KD_ALONE)
     assert [row["step"] for row in metrics(workdir, run)] == [row["step"] for row in metrics(one, run)]
     worst = distance(parameters(one, run), parameters(workdir, run))
     check("processes: resumed on another mesh, parameters, relative norm", worst, 1e-5)
@@ -228,20 +243,20 @@ def test_with_one_process_nothing_is_waited_for(tmp_path):
 def test_a_pod_runs_all_stages_and_stops_together_when_it_is_taken_away(tmp_path):
     """Two processes: SIGTERM to one of them in training, then the same command to the closing line."""
     workdir = tmp_path / "pod"
-    started = begin(workdir, 2, (2, 1, 1), stages="", kd_alone=True)
+    started = begin(workdir, 2, (2, 1, 1), LITTLE, stages="")
     wait_for(lambda: (workdir / "runs" / "teacher" / "seed0" / "metrics.jsonl").exists(), started)
     started[1].send_signal(signal.SIGTERM)
     assert [process.wait(timeout=600) for process in started] == [processes.TRY_AGAIN] * 2, said(workdir, 2)
     assert "preempted: the same command continues" in said(workdir, 2)
     assert not (workdir / "report").exists()
-    started = begin(workdir, 2, (2, 1, 1), stages="", kd_alone=True)
+    started = begin(workdir, 2, (2, 1, 1), LITTLE, stages="")
     assert [process.wait(timeout=600) for process in started] == [0, 0], said(workdir, 2)
     assert "Report: " in said(workdir, 2) and (workdir / "report" / "index.html").exists()
 
 
 def test_one_process_saves_on_sigterm_and_goes_on(tmp_path):
     workdir = tmp_path / "alone"
-    (started,) = begin(workdir, 1, (1, 1, 1), stages="train", steps=400, kd_alone=True)
+    (started,) = begin(workdir, 1, (1, 1, 1), LITTLE.replace("steps=4", "steps=400"), stages="train")
     lines = workdir / "runs" / "teacher" / "seed0" / "metrics.jsonl"
     wait_for(lambda: lines.exists() and len(lines.read_text().splitlines()) > 3, [started])
     started.send_signal(signal.SIGTERM)
@@ -253,6 +268,6 @@ def test_one_process_saves_on_sigterm_and_goes_on(tmp_path):
 
 def test_processes_that_differ_are_refused(tmp_path):
     workdir = tmp_path / "differ"
-    started = begin(workdir, 2, (2, 1, 1), kd_alone=True, own={1: ["--config.recipes.matched.lr=1e-3"]})
+    started = begin(workdir, 2, (2, 1, 1), LITTLE, own={1: ["--config.recipes.matched.lr=1e-3"]})
     assert [process.wait(timeout=300) for process in started] == [1, 1]
     assert "the processes differ in config" in said(workdir, 2)

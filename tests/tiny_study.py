@@ -30,8 +30,6 @@ def get_config():
     config.attack.bootstrap = 20
     return config
 """
-# Compiling is the cost here.
-FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def secrets(count: int = 1000) -> list[str]:
@@ -58,7 +56,7 @@ def start(folder: Path, *arguments: str, name: str = "work", umask: int = 0o022,
     data, config = folder / "records.jsonl", folder / "study.py"
     data.write_text("".join(json.dumps(row) + "\n" for row in records(secrets())))
     config.write_text(CONFIG.format(runs=RUNS, path=str(data)))
-    flags = f"{FLAGS} --xla_force_host_platform_device_count={devices}" if devices else FLAGS
+    flags = f"--xla_force_host_platform_device_count={devices}" if devices else ""
     settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(
         [sys.executable, "main.py", f"--config={config}", f"--workdir={folder / name}", *arguments],
@@ -83,8 +81,7 @@ def shared(base: Path, name: str, *arguments: str, **keys) -> tuple[Path, bytes]
         fcntl.flock(lock, fcntl.LOCK_EX)
         said = folder / f"{name}.said"
         if not said.exists():
-            cache = dict(JAX_COMPILATION_CACHE_DIR=str(folder / "compiled"))
-            done = start(folder, *arguments, name=name, **cache, **keys)
+            done = start(folder, *arguments, name=name, **keys)
             assert done.returncode == 0, done.stderr.decode()[-3000:]
             said.write_bytes(done.stdout + done.stderr)
         return folder / name, said.read_bytes()

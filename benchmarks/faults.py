@@ -223,6 +223,8 @@ def main() -> None:
         return program(options.die_at, options.arguments)
     settings = options.config, options.minutes, options.seed, options.faults
     if options.workdir:
+        if options.workdir.exists():
+            parser.error(f"--workdir={options.workdir} exists: name a folder that does not")
         options.workdir.mkdir(parents=True)
         sys.exit(min(1, soak(options.workdir.absolute(), *settings)))
     with tempfile.TemporaryDirectory() as folder:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import os
 import random
@@ -40,13 +41,12 @@ def die_at(number: int) -> Callable[[], int]:
 
     Returns what says how many there were so far.
     """
-    count = 0
+    numbers, count = itertools.count(1), 0
 
     def watched(operation: Callable) -> Callable:
         def call(*arguments, **keywords):
             nonlocal count
-            count += 1
-            mine = count  # operations of other threads may come between
+            count = mine = next(numbers)  # one number each, whatever other threads do
             if mine == number and number % 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             found = operation(*arguments, **keywords)

@@ -9,6 +9,7 @@ counterfactual.parquet  influence.parquet
 """
 
 import json
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from attacks import (
     disagreement,
     epsilon,
     exposure,
+    files,
     influence,
     inheritance,
     mechanism,
@@ -114,6 +116,8 @@ PER_EXAMPLE = (  # frames that may be empty
 def audit(scores_dir: str | Path, out_dir: str | Path, settings: dict) -> dict:
     """Audit the score tables under `scores_dir`; write the result tables into `out_dir` and return the summary.
 
+    summary.json is the last: it is missing where an audit was cut off between two tables, and then no report is built.
+
     settings: any keys of DEFAULTS.  Values that cannot be computed are empty in the CSV files, with the reason under
     `unresolved` in the summary.  Raises TableError on tables that cannot be read, ValueError on unknown settings.
     """
@@ -161,9 +165,9 @@ def audit(scores_dir: str | Path, out_dir: str | Path, settings: dict) -> dict:
     if chains is None or chains.design == "cheap":
         summary["not_tested"].append("attacks by many models (LiRA, RMIA): no shadow chains of more than two teachers")
     frames = {"roc": roc_points(study), "ledger": ledger, "vulnerable": agreement.vulnerable(study)}
-    _write(Path(out_dir), tables | memory | many, frames | examples | more)
     summary = _plain(summary)
-    (Path(out_dir) / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False), encoding="utf-8")
+    last = ("summary.json", json.dumps(summary, indent=1, allow_nan=False).encode())
+    files.write(Path(out_dir), chain(_contents(tables | memory | many, frames | examples | more), [last]))
     return summary
 
 
@@ -199,22 +203,18 @@ def _chains(study: Study, chains: Chains | None) -> tuple[dict[str, list[dict]],
     return tables, frames
 
 
-def _write(out: Path, tables: dict[str, list[dict]], frames: dict[str, pd.DataFrame | None]) -> None:
-    """Write all tables; of those that have nothing to say, remove what an earlier audit left."""
-    out.mkdir(parents=True, exist_ok=True)
+def _contents(
+    tables: dict[str, list[dict]], frames: dict[str, pd.DataFrame | None]
+) -> Iterator[tuple[str, bytes | None]]:
+    """Names and contents of all tables; of those that have nothing to say None: what an earlier audit left must go."""
     for name, rows in tables.items():
-        columns, path = (COLUMNS | OPTIONAL)[name].split(), out / f"{name}.csv"
-        if name in OPTIONAL and all("reason" in row for row in rows):
-            path.unlink(missing_ok=True)
-            continue
         # dtype object: counts and seeds stay integers beside empty cells.
-        pd.DataFrame(rows, columns=columns, dtype=object).to_csv(path, index=False)
+        frame = pd.DataFrame(rows, columns=(COLUMNS | OPTIONAL)[name].split(), dtype=object)
+        none = name in OPTIONAL and all("reason" in row for row in rows)
+        yield f"{name}.csv", None if none else frame.to_csv(index=False).encode()
     for name, frame in frames.items():
-        path = out / f"{name}.parquet"
-        if frame is None or (name in PER_EXAMPLE and frame.empty):
-            path.unlink(missing_ok=True)
-        else:
-            frame.to_parquet(path, compression="zstd", index=False)
+        none = frame is None or (name in PER_EXAMPLE and frame.empty)
+        yield f"{name}.parquet", None if none else frame.to_parquet(compression="zstd", index=False)
 
 
 def _reasons(rows: list[dict]) -> list[dict]:

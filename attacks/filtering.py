@@ -20,7 +20,6 @@ on all private examples:
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +27,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
+from attacks import files
 from attacks.classifier import TooFew, crossed, fitted_on, need
 from attacks.cuts import Memorized
 from attacks.effects import combine, mean_of, paired, share
@@ -75,11 +75,7 @@ def write_filter(scores_dir: str | Path, out_dir: str | Path, settings: dict) ->
         return {}
     except Unresolved as why:
         raise TableError(f"{scores_dir}: no list for {student}: {why}") from why
-    path = Path(out_dir) / "list.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    part = path.with_name(f".{path.name}.tmp")
-    frame.to_parquet(part, compression="zstd", index=False)
-    os.replace(part, path)  # whole or not there
+    files.write(Path(out_dir), [("list.parquet", frame.to_parquet(compression="zstd", index=False))])
     return counts
 
 

@@ -135,8 +135,8 @@ def disturb(workdir: Path, config: str, cache: Path, chance: random.Random, betw
         process.wait()
     code = process.returncode
     hit = code in (-signal.SIGKILL, -signal.SIGTERM, AGAIN)
-    seen = moments(workdir, since)
-    return (kind if hit else ""), (seen[-1].stage if seen else "start"), code
+    seen = [moment.stage for moment in moments(workdir, since) if moment.stage != "end"]  # SIGTERM ends in order
+    return (kind if hit else ""), (seen[-1] if seen else "start"), code
 
 
 # ------------------------------------------------------------------------------------------------------ comparison

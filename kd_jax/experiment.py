@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,8 +33,11 @@ def export(study: Study, name: str, folder: Path) -> None:
     model = study.config.models[run.model]
     family = hf.read_family(model.path, revision=model.revision or None) if model.path else model.scratch.model_type
     eos = study.data.tokenizer.eos_id
-    hf.save_pretrained(load_run(study, name, run.seeds[0]), folder, family=family, token_ids={"eos_token_id": eos})
-    study.data.tokenizer.save(folder)
+    trained, ids = load_run(study, name, run.seeds[0]), {"eos_token_id": eos}
+    with tempfile.TemporaryDirectory() as place:  # the folder appears whole: with its tokenizer
+        study.data.tokenizer.save(place)
+        tokens = sorted(Path(place).iterdir())
+        hf.save_pretrained(trained, folder, family=family, tokenizer_files=tokens, token_ids=ids)
     log.info("%s written to %s", name, folder)
 
 

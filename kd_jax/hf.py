@@ -310,8 +310,10 @@ def save_pretrained(
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for file in tokenizer_files or ():
             shutil.copy2(file, partial)
-        for file in partial.iterdir():
-            file.chmod(0o600)
+        for path in partial.iterdir():
+            path.chmod(0o600)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # before the name says that it is whole
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,6 +1,8 @@
 """The whole audit on planted score tables: numbers, gates, refusals, and reasons for what is missing."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 from attacks import audit as audit_module
 from attacks.audit import COLUMNS, OPTIONAL, audit
 from attacks.gates import SEPARATED, SPLIT_LEAKS
+from attacks.report import build
 from attacks.utility import UNDERTRAINED
 
 KD = {"headline_model": "students/kd"}
@@ -205,6 +208,64 @@ def test_same_tables_same_files_in_any_row_order(experiment, tmp_path):
     audit(scores, tmp_path / "two", QUICK | KD | {"attacks": FEW, "blind": False})
     for name in COLUMNS:
         assert (tmp_path / "one" / f"{name}.csv").read_bytes() == (tmp_path / "two" / f"{name}.csv").read_bytes()
+
+
+# --- written whole or not at all -------------------------------------------------------------------------------------
+
+
+def at_call(number: int, operation, error: BaseException):
+    """`operation`, which fails at its `number`-th call, counted from 1."""
+    calls = iter(range(1, number))
+
+    def call(*arguments, **keywords):
+        if next(calls, None) is None:
+            raise error
+        return operation(*arguments, **keywords)
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def reported(experiment, tmp_path_factory):
+    """A folder with the results of another audit and their page, and the settings of the audit that is to follow."""
+    folder = Path(shutil.copytree(experiment[1], tmp_path_factory.mktemp("reported") / "out"))
+    build(folder)
+    return folder, QUICK | KD | {"title": "second", "attacks": ["loss"], "blind": False}
+
+
+@pytest.mark.parametrize("number", [1, 2, 5, 8])
+def test_an_audit_without_space_leaves_the_one_before(experiment, reported, tmp_path, monkeypatch, number):
+    scores, (first, settings) = experiment[0], reported
+    before = contents(out := Path(shutil.copytree(first, tmp_path / "out")))
+    with monkeypatch.context() as patch:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        patch.setattr(os, "fsync", at_call(number, os.fsync, full))
+        with pytest.raises(OSError, match="No space left") as raised:
+            audit(scores, out, settings)
+    assert Path(raised.value.filename).parent == out and contents(out) == before, "and no half file"
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_no_report_is_built_from_tables_of_two_audits(experiment, reported, tmp_path, monkeypatch, number):
+    """Stopped before the first table takes its place, or between two."""
+    scores, (first, settings) = experiment[0], reported
+    shutil.copytree(first, out := tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", at_call(number, os.replace, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            audit(scores, out, settings)
+    with pytest.raises(FileNotFoundError, match=r"out/summary\.json is missing; run the attack stage first"):
+        build(out)
+    assert not list(out.glob(".*"))
+    audit(scores, out, settings)
+    audit(scores, tmp_path / "new", settings)
+    tables = contents(tmp_path / "new")
+    assert {name: contents(out).get(name) for name in tables} == tables
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "new").iterdir()} == {0o600}
 
 
 # --- several seeds ---------------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import huggingface_hub.errors as hub_errors
@@ -16,6 +18,8 @@ import pytest
 import safetensors.numpy
 from make_fixtures import CASES, FIXTURES, random_model
 
+from kd_jax import experiment
+from kd_jax.data import tokenizer
 from kd_jax.hf import FAMILIES, CheckpointError, config_from_hf, load_pretrained, save_pretrained
 from kd_jax.transformer import ModelConfig, Transformer
 
@@ -335,9 +339,9 @@ def test_export_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(FileNotFoundError):
         save_pretrained(model, tmp_path / "out", family="gpt2", tokenizer_files=[tmp_path / "absent.json"])
     assert not any(tmp_path.iterdir())
-    tokenizer = tmp_path / "tokenizer.json"
-    tokenizer.write_text("{}")
-    save_pretrained(model, tmp_path / "out", family="gpt2", tokenizer_files=[tokenizer], token_ids={"eos_token_id": 3})
+    tokens = tmp_path / "tokenizer.json"
+    tokens.write_text("{}")
+    save_pretrained(model, tmp_path / "out", family="gpt2", tokenizer_files=[tokens], token_ids={"eos_token_id": 3})
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "config.json",
         "model.safetensors",
@@ -346,6 +350,37 @@ def test_export_appears_whole_or_not_at_all(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 3
     with pytest.raises(CheckpointError, match="not empty"):
         save_pretrained(model, tmp_path / "out", family="gpt2")
+
+
+def test_an_export_cut_off_at_the_tokenizer_can_be_repeated(tmp_path, monkeypatch):
+    """Weights alone would look finished, and the same command would refuse them as not empty."""
+    words = tokenizer.load({"train_size": 300}, train_texts=["the same words again and again"] * 9)
+    model, run = SimpleNamespace(path=str(FIXTURES / "gpt2"), revision=None), SimpleNamespace(model="m", seeds=(0,))
+    study = SimpleNamespace(
+        runs={"teacher": run}, config=SimpleNamespace(models={"m": model}), data=SimpleNamespace(tokenizer=words)
+    )
+    monkeypatch.setattr(experiment, "load_run", lambda *_: load_pretrained(FIXTURES / "gpt2"))
+    out, real = tmp_path / "out", Path.write_text
+
+    def stop(path, *arguments, **keywords):
+        if path.name == "tokenizer_config.json":
+            raise KeyboardInterrupt
+        return real(path, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", stop)
+        with pytest.raises(KeyboardInterrupt):
+            experiment.export(study, "teacher", out)
+    assert not any(tmp_path.iterdir()), "no folder"
+    on_disk, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: on_disk.append(os.fstat(file).st_ino) or sync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: on_disk.append("renamed") or replace(*paths))
+    experiment.export(study, "teacher", out)
+    names = {path.name for path in out.iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert on_disk[-1] == "renamed" and {path.stat().st_ino for path in out.iterdir()} <= set(on_disk)
+    again = tokenizer.load({"path": str(out)})
+    assert (again.fingerprint, again.eos_id) == (words.fingerprint, words.eos_id)
 
 
 def hub_error(kind: type[Exception]) -> Exception:

@@ -7,6 +7,7 @@ does nothing.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import itertools
@@ -14,7 +15,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -78,6 +78,7 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
     A normal exit would wait minutes for processes that wait for this one.
     """
+    _end_watch()
     print(message, file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
         os._exit(code)
@@ -91,41 +92,65 @@ def leave() -> bool:
         barrier("done")
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
+        watch()  # it had the signal
     return goes_on
 
 
 # ------------------------------------------------------------------------------------------------------ preemption
 
-_asked, _patient, _points = threading.Event(), threading.Event(), itertools.count()
+AGAIN = 1.0  # seconds until Preempted is raised once more, where something swallowed it
+_asked, _patient, _points = False, False, itertools.count()
 
 
 def watch() -> None:
     """Let SIGTERM, by which clouds take a machine away, raise Preempted: at once, or where `patience` says so.
 
-    With several processes `jax.distributed` has the signal, and lets all of them stop at the same step.
+    Python ignores what is raised in a finalizer or a callback of the garbage collector: it is raised again until it
+    takes effect. With several processes `jax.distributed` has the signal, and lets all of them stop at the same step.
     """
+    signal.signal(signal.SIGALRM, _ask)
     signal.signal(signal.SIGTERM, _ask)
+    atexit.register(_end_watch)
+
+
+def _end_watch() -> None:
+    """The program is about to end: nothing is raised any more, and no alarm ends it otherwise."""
+    global _patient
+    _patient = True
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _ask(*_) -> None:
-    _asked.set()
-    if not _patient.is_set():
+    global _asked
+    _asked = True
+    if _patient:
+        return
+    signal.setitimer(signal.ITIMER_REAL, AGAIN)
+    error = sys.exception()
+    while error and not isinstance(error, Preempted):
+        error = error.__context__
+    if not error:  # otherwise it is on its way, and what it passes closes its files: no second one interrupts that
         raise Preempted
 
 
 @contextlib.contextmanager
 def patience() -> Iterator[None]:
-    """Work that asks `preempted` itself, and saves before it stops."""
-    _patient.set()
+    """Work that asks `preempted` itself, and saves before it stops. Raises Preempted at its end if nobody asked."""
+    global _patient
+    _patient = True
     try:
         yield
     finally:
-        _patient.clear()
+        _patient = False
+        if _asked:  # what the work itself raises goes first
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+    if _asked:
+        raise Preempted
 
 
 def preempted() -> bool:
     """Is the machine being taken away? The same answer on every process; all ask equally often."""
-    return multihost_utils.reached_preemption_sync_point(next(_points)) if several() else _asked.is_set()
+    return multihost_utils.reached_preemption_sync_point(next(_points)) if several() else _asked
 
 
 # -------------------------------------------------------------------------------------------------------- agreement

@@ -14,6 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from kd_jax.data import synthetic, tokenizer
 from kd_jax.data.records import DataError
+from kd_jax.processes import Preempted
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"
@@ -106,6 +107,19 @@ def test_no_prefix_space_at_the_seam():
         backend.decoder = decoders.Metaspace()
         ours = tokenizer.Tokenizer(backend, eos="</s>", bos="<s>")
         assert {flag: ours.encode_batch(["ab"], continuing=flag) for flag in (False, True)} == expected
+
+
+@pytest.mark.parametrize("kind", [Preempted, KeyboardInterrupt, SystemExit, MemoryError])
+def test_what_ends_a_program_passes_as_it_is(trained, kind):
+    """A signal's exception comes wherever Python runs: here while the texts or ids are laid out."""
+
+    def ending():
+        yield from ()
+        raise kind
+
+    for work in (trained.encode_batch, trained.decode, trained.decode_batch):
+        with pytest.raises(kind):
+            work(ending())
 
 
 @pytest.mark.parametrize(

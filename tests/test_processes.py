@@ -266,6 +266,66 @@ def test_one_process_saves_on_sigterm_and_goes_on(tmp_path):
     assert kept == [last] and last < 400
 
 
+# A program that SIGTERM or Ctrl-C meets in `{body}`; what it asks for again comes after 0.1 s.
+MET = """
+import atexit, contextlib, gc, os, signal, time
+from kd_jax import processes
+processes.AGAIN = 0.1
+atexit.register(lambda: (time.sleep(0.3), print("ended", flush=True)))
+processes.watch()
+
+def term(*_):
+    gc.callbacks.clear()
+    os.kill(os.getpid(), signal.SIGTERM)
+    return "met"
+
+class Last:
+    __del__ = __str__ = term
+
+@contextlib.contextmanager
+def closing():
+    try:
+        yield
+    finally:
+        time.sleep(0.5)
+        print("closed", flush=True)
+
+try:
+    {body}
+    time.sleep(20)
+    print("forgotten", flush=True)
+except processes.Preempted:
+    processes.fail("preempted", processes.TRY_AGAIN)
+except ZeroDivisionError:
+    processes.fail(Last())
+except KeyboardInterrupt:
+    processes.fail("interrupted")
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "out", "error"),
+    [
+        ("Last()", 75, "", "Exception ignored in"),
+        ("gc.callbacks.append(term); gc.collect()", 75, "", "Exception ignored in"),
+        ("with closing(): term()", 75, "closed", ""),
+        ("with processes.patience(): term(); time.sleep(0.3); print(processes.preempted())", 75, "True", ""),
+        ("with contextlib.suppress(KeyError), processes.patience(): term(); {}[0]", 75, "", ""),
+        ("with processes.patience(): os.kill(os.getpid(), signal.SIGINT); time.sleep(20)", 1, "", "interrupted"),
+        ("1 / 0", 1, "", "met"),
+    ],
+    ids=["finalizer", "collector", "closing", "patience", "error in patience", "ctrl-c", "error"],
+)
+def test_a_signal_takes_effect_wherever_it_lands(body, code, out, error):
+    """It is neither forgotten, nor raised twice over what is being closed, nor raised in the closing lines."""
+    done = subprocess.run(
+        [sys.executable, "-c", MET.format(body=body)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stdout.split("\n")[:-1] == [line for line in (out, "ended") if line]
+    assert error in done.stderr and done.stderr.endswith("preempted\n" if code == 75 else f"{error}\n")
+
+
 def test_processes_that_differ_are_refused(tmp_path):
     workdir = tmp_path / "differ"
     started = begin(workdir, 2, (2, 1, 1), LITTLE, own={1: ["--config.recipes.matched.lr=1e-3"]})

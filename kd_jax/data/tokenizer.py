@@ -1,9 +1,10 @@
 """Tokenizers from a folder, from bare files at explicit paths, or trained on the public role."""
 
+import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,16 @@ MOST_GROWTH = 1000  # characters that one may become when a text is normalised
 
 # Where no file says which token ends a text, the first of these that the vocabulary holds. OPT's has both.
 _END_OF_TEXT = ("</s>", "<|endoftext|>")
-# What every tokenizer must be able to cut: letters, an unknown sign, blanks, and a run that costs a bad pattern dear.
+_CANNOT = (
+    "the tokenizer cannot cut every text: a token for unknown characters is missing in its files, or a pattern in them "
+    "takes too long; use the tokenizer that its model was published with"
+)
+_CANNOT_JOIN = (
+    "the tokenizer cannot make a text of every id: the decoder in its files does not fit its tokens; use the tokenizer "
+    "that its model was published with"
+)
+# What every tokenizer must be able to cut and to join again: letters, an unknown sign, blanks, and a run that costs a
+# bad pattern dear.
 _PROBE = ("a word", "\N{SNOWMAN}\0\n\t ", "a" * 64 + "!")
 _FOLDER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 
@@ -34,7 +44,8 @@ class Tokenizer:
         for name, token in (("eos", eos), ("bos", bos)):
             if token is not None and backend.token_to_id(token) is None:
                 raise DataError(f"tokenizer.{name} is {token[:100]!r}, which is not in the vocabulary")
-        backend.add_special_tokens([token for token in {eos: 0, bos: 0} if token is not None])
+        with _refusing(_CANNOT):
+            backend.add_special_tokens([token for token in {eos: 0, bos: 0} if token is not None])
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
@@ -45,7 +56,7 @@ class Tokenizer:
         if self.vocab_size > MOST_IDS:
             raise DataError(f"the tokenizer has the id {self.vocab_size - 1}; ids are read up to {MOST_IDS - 1}")
         _insist_on_short_texts(self._spec)
-        self.encode_batch(_PROBE)
+        self.decode_batch(self.encode_batch(_PROBE))
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -73,7 +84,8 @@ class Tokenizer:
         spec = _without_prefix_space(self._spec)
         if spec == self._spec:
             return self._backend
-        backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        with _refusing(_CANNOT):
+            backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
         backend.encode_special_tokens = True
         return backend
 
@@ -83,24 +95,22 @@ class Tokenizer:
         Raises DataError, which quotes no text, where the tokenizer's files cannot cut one.
         """
         backend = self._continuing if continuing else self._backend
-        try:
+        with _refusing(_CANNOT):
             encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        except BaseException as error:  # the library raises bare Exceptions, and panics that are none
-            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-                raise
-            raise DataError(
-                "the tokenizer cannot cut every text: a token for unknown characters is missing in its files, or a "
-                "pattern in them takes too long; use the tokenizer that its model was published with"
-            ) from None
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of the ids, special tokens included as they are written."""
-        return self._backend.decode(list(ids), skip_special_tokens=False)
+        """Returns the text of the ids, special tokens included as they are written.
+
+        Raises DataError, which quotes no text, where the tokenizer's files cannot join them.
+        """
+        with _refusing(_CANNOT_JOIN):
+            return self._backend.decode(list(ids), skip_special_tokens=False)
 
     def decode_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """`decode` for many."""
-        return self._backend.decode_batch([list(row) for row in ids], skip_special_tokens=False)
+        with _refusing(_CANNOT_JOIN):
+            return self._backend.decode_batch([list(row) for row in ids], skip_special_tokens=False)
 
     def token(self, token_id: int) -> str | None:
         """Returns how the vocabulary spells an id."""
@@ -172,6 +182,21 @@ def same(a: Tokenizer, b: Tokenizer) -> None:
     raise DataError("the tokenizers have the same tokens but other merges, so they cut a text differently")
 
 
+@contextlib.contextmanager
+def _refusing(message: str, *, reason: bool = False) -> Iterator[None]:
+    """Raise DataError where the library does: bare Exceptions, and Rust's panics, which are none.
+
+    reason: add what the library says; not where it has seen texts, which it may quote.
+    """
+    try:
+        yield
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"  # pyo3 has it in a module that cannot be imported
+        if isinstance(error, MemoryError) or not (panic or isinstance(error, Exception)):
+            raise
+        raise DataError(f"{message} ({str(error)[:200]})" if reason else message) from None
+
+
 def _read_folder(path: str | Path, revision: str | None) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
     folder = Path(path)
     if not folder.is_dir():
@@ -209,19 +234,15 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
 def _from_json(path: str | Path) -> tokenizers.Tokenizer:
     text = read_text(Path(path), MOST_BYTES)
-    try:
+    with _refusing(f"{path}: not a tokenizer.json", reason=True):
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exceptions
-        raise DataError(f"{path}: not a tokenizer.json ({str(error)[:200]})") from None
 
 
 def _byte_level_bpe(vocab: str | Path, merges: str | Path) -> tokenizers.Tokenizer:
     ids, lines = _read_json(vocab), read_text(Path(merges), MOST_BYTES).split("\n")
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    try:
+    with _refusing(f"{vocab} and {merges} do not make a BPE", reason=True):
         model = models.BPE(vocab=ids, merges=pairs)
-    except Exception as error:  # as above
-        raise DataError(f"{vocab} and {merges} do not make a BPE ({str(error)[:200]})") from None
     return _byte_level(model)
 
 

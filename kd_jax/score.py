@@ -206,7 +206,7 @@ def write_shards(
     """
     starts = range(0, n, size)
     paths = [folder / f"{role}-{shard:05d}.parquet" for shard in range(len(starts))]
-    done = processes.agree([whole(path) for path in paths] if processes.first() else None)
+    done = processes.agree([whole(path, sealed=True) for path in paths] if processes.first() else None)
     for shard, (start, path) in enumerate(zip(starts, paths)):
         indices = np.arange(start, min(start + size, n))
         if done[shard]:

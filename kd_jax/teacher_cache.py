@@ -8,14 +8,19 @@ and log-probabilities instead: smaller, and biased, because all other ids are on
     folder/ids-00000.npy, logp-00000.npy     [tokens, k] int32 and float32, for top_k
     folder/manifest.json                     written last
 
-Files are written whole or not at all, so an interrupted build continues with the first missing one. They hold what a
-teacher makes of private text: mode 0600.
+Files are written whole or not at all, so an interrupted build continues with the first missing one. Each ends in the
+sha256 of what is before, which NumPy does not read: damaged ones are made again. They hold what a teacher makes of
+private text: mode 0600.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import logging
+import pathlib
 from collections.abc import Callable
+from typing import BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +37,8 @@ from kd_jax.manifest import StaleWork
 from kd_jax.metrics import progress
 from kd_jax.storage import Path
 from kd_jax.transformer import Transformer
+
+log = logging.getLogger(__name__)
 
 KINDS = ("exact", "top_k")
 DTYPES = ("float32", "bfloat16")
@@ -99,7 +106,7 @@ def build(
     inputs = inputs | {"cache": spec.identity, "vocab": vocab, "encoded": encoded.fingerprint()}
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     finished = manifest.begin(folder, inputs, "the teacher cache")
-    if missing := processes.agree(cache.missing()):
+    if missing := processes.agree(cache.missing(checked=finished) if processes.first() else None):
         _check_space(cache, missing)
         _write_shards(cache, missing, teacher, mesh, vocab)
     cache.open()
@@ -145,10 +152,10 @@ class Cache:
     def path(self, column: str, shard: int) -> Path:
         return self.folder / f"{column}-{shard:05d}.npy"
 
-    def missing(self) -> list[int]:
-        """Shards that lack a file."""
-        shards = range(len(self.first_example))
-        return [shard for shard in shards if not all(self.path(c, shard).exists() for c in self.columns)]
+    def missing(self, *, checked: bool) -> list[int]:
+        """Shards that lack a file or, where no manifest was `checked` for that, have a damaged one."""
+        shards, good = range(len(self.first_example)), pathlib.Path.exists if checked else _whole
+        return [shard for shard in shards if not all(good(self.path(c, shard)) for c in self.columns)]
 
     def open(self) -> None:
         """Map all files. Raises StaleWork if one is damaged."""
@@ -204,7 +211,32 @@ def _map(path: Path, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
 
 def _save(path: Path, array: np.ndarray) -> None:
     with storage.create(path) as handle:
-        np.save(handle, array.view(np.uint16) if array.dtype == jnp.bfloat16 else array)  # NumPy's files know no bf16
+        sealed = _Sealed(handle)
+        np.save(sealed, array.view(np.uint16) if array.dtype == jnp.bfloat16 else array)  # NumPy's files know no bf16
+        handle.write(sealed.summary.digest())
+
+
+class _Sealed:
+    """A handle to write with, and the sha256 of what was written."""
+
+    def __init__(self, handle: BinaryIO) -> None:
+        self._handle, self.summary = handle, hashlib.sha256()
+
+    def write(self, part: bytes) -> int:
+        self.summary.update(part)
+        return self._handle.write(part)
+
+
+def _whole(path: Path) -> bool:
+    """Is there a file as it was written? One that is damaged is named in the log."""
+    if not path.exists():
+        return False
+    content = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
+    end = len(content) - hashlib.sha256().digest_size
+    if end < 0 or hashlib.sha256(content[:end]).digest() != content[end:].tobytes():
+        log.warning("damaged: %s; made again", path)
+        return False
+    return True
 
 
 def _check_space(cache: Cache, shards: list[int]) -> None:

@@ -1,10 +1,12 @@
 """Records, tokenizers and token ids of unknown origin: read, or refused with a DataError that quotes nothing."""
 
+import base64
 import gzip
 import io
 import json
 import shutil
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +186,14 @@ def replace(content: str) -> dict:
     return {"type": "Replace", "pattern": {"String": "a"}, "content": content}
 
 
+def charsmap(content: bytes) -> dict:
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(content).decode()}
+
+
 END = "<|endoftext|>"
+MAP = struct.pack("<2I", 4, 0) + b"abc\0"  # a table of one entry, whose look-ups end outside it
+FLAGS = {"single_word": False, "lstrip": False, "rstrip": False}
+ADDED = {"id": 0, "content": END, "normalized": True, "special": True, **FLAGS}
 
 
 @pytest.mark.parametrize(
@@ -201,6 +210,10 @@ END = "<|endoftext|>"
         {"pre_tokenizer": split("(a+)+$")},
         {"normalizer": replace("b" * 1_000_000)},
         {"normalizer": {"type": "Sequence", "normalizers": [replace("a" * 30)] * 4}},
+        {"normalizer": charsmap(b"")},
+        {"normalizer": charsmap(MAP), "added_tokens": [ADDED]},
+        {"normalizer": charsmap(MAP), "added_tokens": []},
+        {"decoder": {"type": "Strip", "content": "a", "start": 0, "stop": 5}},
     ],
 )
 def test_tokenizers_that_cannot_cut_or_explode(place, spec, change):
@@ -213,6 +226,16 @@ def test_a_text_that_a_tokenizer_cannot_cut_is_not_quoted(place, spec):
     (place / "tokenizer.json").write_text(json.dumps(spec | {"pre_tokenizer": split("(Z|q+)+(?=!)")}))
     tok = tokenizer.load({"json": str(place / "tokenizer.json")})
     assert "tokenizer" in refusal(tok.encode_batch, ["fine", "q" * 5000 + SECRET])
+
+
+def test_a_decoder_that_fails_on_some_ids_alone_is_refused_there(place, spec):
+    """Where a text is shorter than what is to be stripped off it; what the probe makes is long enough."""
+    strip = {"type": "Strip", "content": "Z", "start": 0, "stop": 2}
+    decoder = {"type": "Sequence", "decoders": [{"type": "Fuse"}, strip]}
+    (place / "tokenizer.json").write_text(json.dumps(spec | {"decoder": decoder}))
+    tok = tokenizer.load({"json": str(place / "tokenizer.json")})
+    ids = tok.encode_batch(["Z"])[0]
+    assert "every id" in refusal(tok.decode, ids) and "every id" in refusal(tok.decode_batch, [ids])
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b'{"a":' * 50_000])
@@ -281,3 +304,53 @@ def _bomb(size: int) -> bytes:
 def _good(place: Path) -> Path:
     (place / "good.parquet").write_bytes(PARQUET)
     return place / "good.parquet"
+
+
+def test_small_objects_and_rare_characters_need_no_memory(place):
+    """Texts that fit, whose objects or characters do not: each needs gibibytes where 512 MiB are to be had."""
+    record = json.dumps({"prompt": SECRET, "response": "x \N{GRINNING FACE}"}, ensure_ascii=False).encode()
+    keys = {f"k{i}": i for i in range(30_000)}
+    contents = {
+        "objects.json.gz": b"[" + b"{}," * (20 << 20) + b"{}]",
+        "objects.jsonl.gz": b"{}\n" * (10 << 20),
+        "line.jsonl.gz": record + b'\n{"prompt": [' + b"[]," * (20 << 20) + b"0]}",
+        "instances.json.gz": json.dumps(keys | {"instances": [{"output": "x"}] * 30_000}).encode(),
+        "character.jsonl.gz": record + b"\n" + (b" " * (1 << 20) + b"\n") * 160,
+        "some.json.gz": b"[" + record + b"]",
+    }
+    for name, content in contents.items():
+        (place / name).write_bytes(gzip.compress(content, 1))
+    lines = run_limited(
+        "import sys; from pathlib import Path; from kd_jax.data import records; import pyarrow.parquet\n"
+        "records.load(sys.argv[1])",
+        "for path in map(Path, sys.argv[2:]):\n"
+        "    try: print(len(records.load(path)))\n"
+        "    except records.DataError as error: print(error)",
+        str(_good(place)),
+        *(str(place / name) for name in contents),
+    )
+    objects, small, line, instances, *fine = lines
+    assert "more than" in objects and "one record per line (.jsonl) or Parquet may be longer" in objects
+    assert "more than" in small and "more than" in instances
+    assert line.startswith("line.jsonl.gz:2: more than") and fine == ["1", "1"]
+    assert SECRET not in "".join(lines)
+
+
+def test_parsed_json_has_a_bound_for_every_byte_of_text():
+    """The bound of a document's text rests on this number; records are counted with all that is in them."""
+    for unit in ("{},", "[],", '{"":0},', '{"a":{}},', "[0],", "[[]],", '"ab",', "1e9,", '{"":[]},'):
+        text = f"[{unit * 10_000}0]"
+        tracemalloc.start()
+        value = records.parse_json(text, "x")
+        used, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < records.OBJECTS * len(text), unit
+        assert records._memory(value) > 0.9 * used - 100_000, unit
+
+
+def test_no_memory_left_is_an_error_of_the_data(monkeypatch):
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(json, "loads", full)
+    assert refusal(records.parse_json, SECRET, "x.json", 3).startswith("x.json:3: more JSON than the memory")

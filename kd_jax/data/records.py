@@ -4,14 +4,17 @@ A table (pandas.DataFrame) has the columns COLUMNS, one row per distinct content
 downstream depends on the order of the file that a record came from.
 """
 
+import contextlib
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
 import resource
+import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,6 +34,9 @@ FORMATS = {
 }
 NESTED = {"self_instruct": "alpaca", "sni": "alpaca"}
 TEXT_UNITS = ("article", "paragraph", "line")
+OBJECTS = 32  # bytes that a parsed JSON text needs at most for each of its own: `{},` is the worst, and close to that
+SPLIT = "split it, or take a part"
+RECORD = 1024  # bytes that a record needs besides its own: its place, its ids, its row in the table
 _ARTICLE = re.compile(r" = [^=].* = ?")  # WikiText: " = Title = "; sections have more equals signs
 
 
@@ -76,25 +82,29 @@ def load(
     if (path is None) == (dataset is None):
         raise DataError("name either data.path (a file) or data.dataset (a hub id), not both and not neither")
     if dataset is not None:
-        raw, name, stem = list(_read_hub(dataset, split)), dataset, dataset.split("/")[-1]
+        name, stem = dataset, dataset.split("/")[-1]
     else:
         paths = [Path(p) for p in ([path] if isinstance(path, str | Path) else path)]
-        raw = [pair for p in paths for pair in _read_file(p, text_unit)]
         name, stem = ", ".join(p.name for p in paths), paths[0].name.split(".")[0]
-    if not raw:
-        raise DataError(f"{name}: no records in it")
+    with _enough_memory(name):
+        if dataset is not None:
+            raw = list(_read_hub(dataset, split))
+        else:
+            raw = list(_bounded(name, (pair for p in paths for pair in _read_file(p, text_unit)), _memory))
+        if not raw:
+            raise DataError(f"{name}: no records in it")
 
-    flat = [pair for place, record in raw for pair in _flatten(place, record, all_references)]
-    if not flat:
-        raise DataError(f"{name}: no record has an instance")
-    names = _field_names(flat, format, dict(fields or {}), group_key)
-    rows = [row for place, record in flat if (row := _row(place, record, names, group_key, stem)) is not None]
-    if not rows:
-        raise DataError(f"{name}: every text in it is blank")
-    frame = make_frame(rows)
-    if limit is not None and limit < len(frame):
-        keep = np.argsort(uniform(seed, "limit", frame["example_id"]), kind="stable")[:limit]
-        frame = frame.iloc[np.sort(keep)].reset_index(drop=True)
+        flat = list(_bounded(name, (pair for place, record in raw for pair in _flatten(place, record, all_references))))
+        if not flat:
+            raise DataError(f"{name}: no record has an instance")
+        names = _field_names(flat, format, dict(fields or {}), group_key)
+        rows = [row for place, record in flat if (row := _row(place, record, names, group_key, stem)) is not None]
+        if not rows:
+            raise DataError(f"{name}: every text in it is blank")
+        frame = make_frame(rows)
+        if limit is not None and limit < len(frame):
+            keep = np.argsort(uniform(seed, "limit", frame["example_id"]), kind="stable")[:limit]
+            frame = frame.iloc[np.sort(keep)].reset_index(drop=True)
     return frame
 
 
@@ -151,35 +161,77 @@ def read_text(path: Path, most: int | None = None) -> str:
 
     Raises DataError on a missing, broken or larger file, and on other bytes than UTF-8.
     """
-    most = most_bytes() if most is None else most
+    return _decode(path, _read_whole(path, most_bytes() if most is None else most))
+
+
+def _decode(path: Path, content: bytes, start: int = 0) -> str:
+    """The text of bytes that stand at `start` of a file."""
+    try:
+        with _enough_memory(path):
+            return content.decode("utf-8" if start else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {start + error.start})") from None
+
+
+def _read_whole(path: Path, most: int, way_out: str = SPLIT) -> bytes:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            return _read_bytes(path, file, most).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from None
+            return _read_bytes(path, file, most, way_out)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: broken gzip file ({error})") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
     except MemoryError:
-        raise _too_large(path, most) from None
+        raise _too_large(path, most, way_out) from None
 
 
-def _read_bytes(path: Path, file: BinaryIO, most: int) -> bytes:
+def _read_bytes(path: Path, file: BinaryIO, most: int, way_out: str) -> bytes:
     """In pieces: what a packed file unpacks to is known only when it is unpacked."""
     pieces, size = [], 0
     while piece := file.read(1 << 20):
         size += len(piece)
         if size > most:
-            raise _too_large(path, most)
+            raise _too_large(path, most, way_out)
         pieces.append(piece)
     return b"".join(pieces)
 
 
-def _too_large(path: Path, most: int) -> DataError:
-    return DataError(f"{path}: more than {most / 2**20:.0f} MiB, the most that is read here: split it, or take a part")
+def _too_large(path: Path | str, most: int, way_out: str = SPLIT) -> DataError:
+    return DataError(f"{path}: more than {most / 2**20:.0f} MiB, the most that is read here: {way_out}")
+
+
+@contextlib.contextmanager
+def _enough_memory(what: Path | str) -> Iterator[None]:
+    """Where there is none left in the block, a DataError says so."""
+    try:
+        yield
+    except MemoryError:
+        raise DataError(f"{what}: more than the memory that is free here: {SPLIT}") from None
+
+
+def _bounded(name: str, pairs: Iterable[tuple[str, Any]], memory: Callable = sys.getsizeof) -> Iterator:
+    """The same pairs; a DataError where they need more than half of the memory: small records need more than text."""
+    most, size = 2 * most_bytes(), 0
+    for place, record in pairs:
+        size += RECORD + memory(record)
+        if size > most:
+            raise _too_large(f"{name}: its records need", most)
+        yield place, record
+
+
+def _memory(value: Any) -> int:
+    """Bytes of memory that a JSON value needs, with all that is in it."""
+    size, left = 0, [value]
+    while left:
+        value = left.pop()
+        size += sys.getsizeof(value)
+        if isinstance(value, dict):
+            left += [*value, *value.values()]
+        elif isinstance(value, list):
+            left += value
+    return size
 
 
 def _read_file(path: Path, text_unit: str) -> Iterator[tuple[str, dict]]:
@@ -189,17 +241,21 @@ def _read_file(path: Path, text_unit: str) -> Iterator[tuple[str, dict]]:
         raise DataError(f"{path}: cannot tell the format; supported are .jsonl .json .txt (each also .gz) and .parquet")
     if kind == ".parquet":
         return _read_parquet(path)
-    text = read_text(path)  # split at "\n" alone: a record may hold other line separators, which are not ours
-    return _read_txt(path, text, text_unit) if kind == ".txt" else readers[kind](path, text)
+    return _read_txt(path, read_text(path), text_unit) if kind == ".txt" else readers[kind](path)
 
 
 def parse_json(text: str, place: str, first_line: int = 1) -> Any:
-    """The value of a JSON text. Raises DataError that names `place` and line, and quotes no text."""
+    """The value of a JSON text. Raises DataError that names `place` and line, and quotes no text.
+
+    It needs up to OBJECTS times the memory of the text, which is the caller's to bound.
+    """
     try:
         return json.loads(text, object_pairs_hook=_distinct)
     except json.JSONDecodeError as error:  # its message does not quote the text
         line = first_line + error.lineno - 1
         raise DataError(f"{place}:{line}: broken JSON ({error.msg}, column {error.colno})") from None
+    except MemoryError:
+        raise DataError(f"{place}:{first_line}: more JSON than the memory that is free here: {SPLIT}") from None
     except RecursionError:
         raise DataError(f"{place}:{first_line}: JSON nested too deeply") from None
     except ValueError:
@@ -219,13 +275,22 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_jsonl(path: Path, text: str) -> Iterator[tuple[str, dict]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"{path.name}:{number}", parse_json(line, path.name, number)
+def _read_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
+    # Lines end at "\n" alone: a record may hold other line separators, which are not ours. Each is decoded for itself,
+    # because one rare character makes a text of all of them four times as large.
+    most, start = most_bytes() // OBJECTS, 0
+    for number, line in enumerate(io.BytesIO(_read_whole(path, most_bytes())), 1):
+        if len(line) > most:
+            raise _too_large(f"{path.name}:{number}", most, "take this line out, or make several records of it")
+        text = _decode(path, line.removesuffix(b"\n"), start)
+        start += len(line)
+        if text.strip():
+            yield f"{path.name}:{number}", parse_json(text, path.name, number)
 
 
-def _read_json(path: Path, text: str) -> Iterator[tuple[str, dict]]:
+def _read_json(path: Path) -> Iterator[tuple[str, dict]]:
+    way_out = "one record per line (.jsonl) or Parquet may be longer"
+    text = _decode(path, _read_whole(path, most_bytes() // OBJECTS, way_out))
     data = parse_json(text, path.name)
     for number, record in enumerate(data if isinstance(data, list) else [data], 1):
         yield f"{path.name}: record {number}", record

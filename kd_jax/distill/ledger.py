@@ -1,14 +1,20 @@
 """The provenance ledger: which example entered which loss, how often, from which source, and how old the sample was.
 
 While a run trains, every step is kept; at each checkpoint the steps since the last one are written as a shard, and a
-resumed run drops the shards behind its checkpoint. When the run is done, `summarize` makes one table of it. Sampling
-from a member's prompt is visible here although the member's own response was never trained on.
+resumed run drops the shards behind its checkpoint. Each is sealed and names the one before it (the step in its
+metadata, 0 for none), so that `shards_intact` finds a damaged one and a missing one. When the run is done, `summarize`
+makes one table of it. Sampling from a member's prompt is visible here although the member's own response was never
+trained on.
 """
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from kd_jax import processes, storage
 from kd_jax.data.batches import Batch
@@ -17,6 +23,8 @@ from kd_jax.distill.objective import Objective
 from kd_jax.distill.policies import DATASET, LM_CORPUS, SOURCES, STUDENT, TEACHER
 from kd_jax.storage import Path
 
+log = logging.getLogger(__name__)
+
 STEP_COLUMNS = {"step": np.int32, "example": np.int32, "source": np.int8, "created": np.int32, "tokens": np.int32}
 
 
@@ -24,7 +32,7 @@ class Ledger:
     """Rows of STEP_COLUMNS, one per step and example; `example` indexes the run's records, or its plain text's."""
 
     def __init__(self, folder: Path, *, step: int) -> None:
-        self._folder, self._rows = folder, []
+        self._folder, self._rows, self._before = folder, [], step
         processes.once(lambda: self._drop(step), f"ledger {folder} from {step}")
 
     def _drop(self, step: int) -> None:
@@ -43,13 +51,28 @@ class Ledger:
     def write(self, step: int) -> None:
         """Write the rows since the last shard; `step` is the checkpoint that they belong to."""
         processes.once(lambda: self._write(step), f"ledger {self._folder} at {step}")
-        self._rows = []
+        self._rows, self._before = [], step
 
     def _write(self, step: int) -> None:
         columns = [np.concatenate(c) for c in zip(*self._rows)] if self._rows else [[] for _ in STEP_COLUMNS]
         frame = pd.DataFrame({name: np.asarray(c, dtype) for (name, dtype), c in zip(STEP_COLUMNS.items(), columns)})
-        path = self._folder / f"{step:08d}.parquet"
-        storage.write_bytes(path, frame.to_parquet(index=False))
+        table = pa.Table.from_pandas(frame, preserve_index=False)
+        storage.write_parquet(_shard(self._folder, step), table, {"before": str(self._before)})
+
+
+def _shard(folder: Path, step: int) -> Path:
+    return folder / f"{step:08d}.parquet"
+
+
+def shards_intact(folder: Path, step: int) -> bool:
+    """Are all shards up to that of the checkpoint `step` there and as they were written? If not, the log names one."""
+    while step:
+        path = _shard(folder, step)
+        if not storage.whole(path, sealed=True):
+            log.warning("%s is damaged or missing, and no checkpoint brings it back: the run starts anew", path)
+            return False
+        step = int(pq.read_schema(storage.readable(path)).metadata[b"before"])
+    return True
 
 
 def terms(objective: Objective, source: int, has_teacher: bool) -> str:

@@ -2,7 +2,7 @@
 
 A data set is a folder of Parquet shards (`example_id, tokens, prompt_length, ended, near_ties`; mode 0600) and a
 manifest that says which teacher, prompts and sampling made it. Shards are whole or absent; an interrupted generation
-continues.
+continues, and makes damaged ones again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def generate_text(
         for shard, start in enumerate(range(0, len(whole), shard_examples)):
             path = folder / f"text-{shard:05d}.parquet"
             examples = np.arange(start, min(start + shard_examples, len(whole)))
-            if not processes.agree(path.exists()):
+            kept = done or processes.first() and storage.whole(path, sealed=True)
+            if not processes.agree(kept):
                 rows, near_ties = _generate(whole, examples, sample, teacher, prefix, max_length, seed)
                 made = _table(rows, near_ties, whole.example_id[examples])
                 processes.once(lambda: storage.write_parquet(path, made, {"source": label}), f"{path}")  # noqa: B023
@@ -95,7 +96,7 @@ def _table(rows: Sequences, near_ties: np.ndarray, ids: np.ndarray) -> pa.Table:
 
 
 def _read(path: Path, examples: np.ndarray, max_length: int) -> Sequences:
-    table = pq.read_table(storage.readable(path))
+    table = pq.read_table(storage.readable(path), page_checksum_verification=True)
     rows = Sequences.empty(table.num_rows, max_length)
     tokens = table["tokens"].combine_chunks()
     rows.length[:] = tokens.value_lengths().to_numpy()

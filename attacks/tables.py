@@ -139,7 +139,7 @@ def read_scores(scores_dir: str | Path) -> list[ScoreTable]:
     """
     root = Path(scores_dir)
     found = [*root.glob("**/seed*/*/*.parquet"), *root.glob("pairs/*/seed*/*.parquet")]
-    folders = sorted({path.parent for path in found})
+    folders = sorted({path.parent for path in found if not path.parent.name.startswith(".")})  # half deleted
     if not any(folder.name == "plain" for folder in folders):
         raise TableError(f"{root}: no score tables; expected <run>/seed<k>/plain/<role>-00000.parquet below it")
     tables: dict[tuple[str, int], ScoreTable] = {}

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 WORK = {"train", "score", "shadow", "filter"}  # stages that write models and tables; the others write the report
 ALL, RUN, REPORT = ".lock", ".lock-run-{}", ".lock-report"
+SWEPT = {ALL: "", REPORT: "report"}  # folders that a lock on all of them covers
 
 
 def take(workdir: Path, stages: Sequence[str], only: str = "") -> list[TextIO]:
@@ -63,6 +64,8 @@ def _take_all(workdir: Path, stages: Sequence[str], only: str, held: list[TextIO
         if mode == fcntl.LOCK_EX:
             _sign(handle)
         held.append(handle)
+        if mode == fcntl.LOCK_EX and name in SWEPT:  # nobody else is writing there
+            storage.sweep(workdir / SWEPT[name], but="report")
     return ""
 
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from kd_jax import checkpoint, lora, manifest, optim, processes, sharding, storage
 from kd_jax.checkpoint import Checkpoints
 from kd_jax.distill import feeds
-from kd_jax.distill.ledger import Ledger
+from kd_jax.distill.ledger import Ledger, shards_intact
 from kd_jax.distill.objective import Objective
 from kd_jax.metrics import Metrics, progress
 from kd_jax.storage import Path
@@ -106,13 +106,14 @@ def fit(
 def _check_kept(task: Task, recipe: Recipe) -> None:
     """Start anew where something is damaged or gone that no checkpoint brings back.
 
-    That is the best parameters so far, or those of an earlier step that are to be scored.
+    That is the best parameters so far, those of an earlier step that are to be scored, or a shard of the ledger.
     """
     best = _best(task.folder) if SELECT[recipe.select] else 0
     lost = bool(best) and manifest.intact(_best_folder(task.folder, best)) is None
     steps = processes.agree(checkpoint.steps(task.folder / "checkpoints"))
     marked = marks(task.steps, task.trajectory) if task.trajectory and steps else set()
     kept = (_kept_params(task.folder, step).exists() for step in marked if step <= steps[0])
+    lost = lost or bool(steps) and processes.first() and not shards_intact(task.folder / "ledger", steps[0])
     if processes.agree(lost or not all(kept)):
         processes.once(lambda: storage.rmtree(task.folder / "checkpoints"), f"checkpoints of {task.folder}")
 
@@ -120,7 +121,7 @@ def _check_kept(task: Task, recipe: Recipe) -> None:
 def _best(folder: Path) -> int:
     """The step of the best parameters so far, 0 if there are none; the newest where an older one is still there."""
     below = folder / "best"
-    found = [p for p in below.iterdir() if (p / manifest.NAME).exists()] if below.exists() else []
+    found = [p for p in below.glob("step-*") if (p / manifest.NAME).exists()] if below.exists() else []
     return processes.agree(max((int(p.name.removeprefix("step-")) for p in found), default=0))
 
 

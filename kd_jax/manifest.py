@@ -10,6 +10,7 @@ inputs first, `begun/manifest.json`: it tells interrupted work from files of unk
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -21,7 +22,7 @@ from kd_jax.storage import Path
 log = logging.getLogger(__name__)
 
 NAME, COPY, BEGUN = "manifest.json", "manifest.copy.json", "begun"
-SUFFIXES = (".parquet", ".npy")  # of what work leaves in its folder: logs and training states are not checked here
+SUFFIXES = (".parquet", ".npy", ".npz", ".json")  # of what work leaves in its folder; logs and training states are not
 FOLDERS = ("params", "trajectory", "report", "teacher", "student")  # below it, whole
 
 
@@ -130,8 +131,25 @@ def check_below(folder: Path) -> None:
         place = (folder / name).parent
         if pathlib.PurePosixPath(name).name == NAME and place.name != BEGUN:
             bad += [str(place / other) for other in damaged(place, read(place))]
+        elif pathlib.PurePosixPath(name).name == COPY and not any((place / n).exists() for n in (NAME, BEGUN)):
+            bad.append(str(place / NAME))  # deleted with what was damaged, and not made again yet
     if bad:
-        raise Damaged(f"damaged: {', '.join(bad[:8])}: the stage that wrote it makes it again (--stages=train,score)")
+        raise Damaged(_again(bad))
+
+
+@functools.lru_cache(maxsize=256)
+def check(folder: Path, digest: str) -> None:
+    """Raises Damaged naming files of finished work that are not what its manifest, of this digest, says.
+
+    For stages that read what others wrote, and may be started without them. Each state is looked at once.
+    """
+    bad = processes.agree(damaged(folder, read(folder)) if processes.first() else None)
+    if bad:
+        raise Damaged(_again([str(folder / name) for name in bad]))
+
+
+def _again(bad: list[str]) -> str:
+    return f"damaged: {', '.join(bad[:8])}: the stage that wrote it makes it again (--stages=train,score, or shadow)"
 
 
 def begin(folder: Path, inputs: dict, what: str) -> bool:
@@ -216,7 +234,7 @@ def stamp(path: str) -> str:
 
 def _kept(folder: Path) -> list[str]:
     """Files of a piece of work that are checked."""
-    own = [name for name in storage.files(folder, deep=False) if name.endswith(SUFFIXES)]
+    own = [name for name in storage.files(folder, deep=False) if name.endswith(SUFFIXES) and name not in (NAME, COPY)]
     return own + [f"{below}/{name}" for below in FOLDERS for name in storage.files(folder / below)]
 
 

@@ -278,7 +278,10 @@ def _keep(splits: pd.DataFrame, path: Path) -> None:
 
 
 def write_text_tables(data: Data, folder: Path) -> None:
-    """What text-only classifiers need: `<role>.parquet`, `splits.parquet`; of a public role `token_counts.npz`."""
+    """What text-only classifiers need: `<role>.parquet`, `splits.parquet`; of a public role `token_counts.npz`.
+
+    Written anew by every start, without asking what is there.
+    """
     for role in sorted(set(data.splits.role) - {"public"}):
         encoded = data.of_role(role)
         if len(encoded):

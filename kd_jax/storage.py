@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 Path = pathlib.Path | epath.Path
 SCHEME = "gs://"
 FULL = (errno.ENOSPC, errno.EDQUOT)
+SEAL, UNSEALED = b"sha256:", b"0" * 64  # see write_parquet
 
 
 def as_path(place: str | Path) -> Path:
@@ -120,7 +121,7 @@ def create(path: Path) -> Iterator[BinaryIO]:
         _bucket().pipe_file(str(path), buffer.getvalue())
         return
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     with naming(path):
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as handle:
@@ -154,18 +155,44 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_parquet(path: Path, rows: pa.Table, metadata: Mapping[str, str]) -> None:
-    """Write Parquet (zstd, a checksum for every page); `metadata` says what the table is."""
+    """Write Parquet (zstd, a checksum for every page); `metadata` says what the table is.
+
+    The file's own metadata have one more entry, `seal`: the sha256 of the whole file but for these digits. See `whole`.
+    """
+    rows, buffer = rows.replace_schema_metadata(metadata), io.BytesIO()
+    with pq.ParquetWriter(buffer, rows.schema, compression="zstd", write_page_checksum=True) as writer:
+        writer.write_table(rows)
+        writer.add_key_value_metadata({"seal": (SEAL + UNSEALED).decode()})
     with create(path) as handle:
-        pq.write_table(rows.replace_schema_metadata(metadata), handle, compression="zstd", write_page_checksum=True)
+        for part in _seal(buffer.getvalue()):
+            handle.write(part)
 
 
-def whole(path: Path) -> bool:
-    """Is there a Parquet file that can be read to its end? One that cannot is named in the log."""
+def _seal(content: bytes) -> tuple[bytes, bytes, bytes]:
+    """A Parquet file in three parts: up to the digits of its seal, the digits that it should have, and the rest."""
+    start = content.rfind(SEAL) + len(SEAL)  # among the last things: in the footer
+    end = start + len(UNSEALED)
+    summary = hashlib.sha256(content[:start])
+    summary.update(UNSEALED)
+    summary.update(content[end:])
+    return content[:start], summary.hexdigest().encode(), content[end:]
+
+
+def whole(path: Path, *, sealed: bool = False) -> bool:
+    """Is there a Parquet file that can be read to its end? One that cannot is named in the log.
+
+    With `sealed`, is it what `write_parquet` wrote, to the byte: checksums of pages cover neither names nor metadata.
+    """
     if not path.exists():
         return False
     try:
-        for _ in pq.ParquetFile(readable(path), page_checksum_verification=True).iter_batches():
-            pass  # checksums are compared as pages are read
+        if sealed:
+            content = path.read_bytes()
+            if b"".join(_seal(content)) != content:
+                raise ValueError("not as it was written")
+        else:
+            for _ in pq.ParquetFile(readable(path), page_checksum_verification=True).iter_batches():
+                pass  # checksums are compared as pages are read
     except (OSError, ValueError) as error:  # of Arrow: what it finds at the place where a file is cut or altered
         log.warning("damaged: %s (%s); made again", path, type(error).__name__)
         return False
@@ -235,7 +262,27 @@ def files(folder: Path, *, deep: bool = True) -> list[str]:
         found = [p.relative_to(folder).as_posix() for p in folder.glob("**/*" if deep else "*") if p.is_file()]
     else:
         found = [name for name in _names(folder) if deep or "/" not in name]
-    return sorted(n for n in found if not (pathlib.PurePosixPath(n).name.startswith(".") and n.endswith(".tmp")))
+    return sorted(n for n in found if not any(map(_is_temporary, pathlib.PurePosixPath(n).parts)))
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that no other program takes; `files` and the audit leave it out."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
+
+
+def sweep(folder: Path, *, but: str) -> None:
+    """Delete what killed programs left half written or half deleted below a local folder, except below its `but`."""
+    for place, below, names in os.walk(folder):
+        here = pathlib.Path(place)
+        if here == folder and but in below:
+            below.remove(but)
+        for name in filter(_is_temporary, [*below, *names]):
+            _delete(here / name)
+        below[:] = [name for name in below if not _is_temporary(name)]
 
 
 def copy(source: Path, target: Path) -> None:
@@ -257,15 +304,23 @@ def copytree(source: Path, target: Path) -> None:
 
 
 def rmtree(folder: Path) -> None:
-    """Delete a folder, or a file; nothing to do where there is none."""
+    """Delete a folder, or a file, at once for all that look at it by name; nothing to do where there is none.
+
+    A local one gets a temporary name first: half a folder would be taken for work of another kind.
+    """
     if is_local(folder):
-        if folder.is_file():
-            folder.unlink()
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            _delete(folder.rename(_temporary(folder)))
     else:
         with contextlib.suppress(FileNotFoundError):
             _bucket().rm(str(folder), recursive=True)
+
+
+def _delete(path: pathlib.Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -300,13 +300,15 @@ def key(study: Study, purpose: str, seed: int) -> jax.Array:
 def load_run(study: Study, name: str, seed: int, params: storage.Path | None = None) -> Transformer:
     """The final parameters of a run, or those that `params` holds of it.
 
-    Raises FileNotFoundError naming the run if it is not trained yet."""
+    Raises FileNotFoundError naming the run if it is not trained yet, and manifest.Damaged naming its damaged files."""
     run = study.runs[name]
     if not run.train_roles:
         return base_model(study, run, seed)
     folder = study.folder(run, seed)
-    if manifest.read(folder) is None:
+    found = manifest.read(folder)
+    if found is None:
         raise FileNotFoundError(f"run {name} seed {seed} is not trained yet: no manifest in {folder}")
+    manifest.check(folder, manifest.digest(found))
     abstract = jax.eval_shape(functools.partial(Transformer, model_config(study, run.model)), jax.random.key(0))
     placed = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

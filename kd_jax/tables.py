@@ -96,6 +96,7 @@ def score_runs(study: Study) -> None:
             _score_pair(study, study.runs[a], study.runs[b], seed, _roles(study))
     if study.config.report.show_canaries and not study.only:
         _show_canaries(study, names)
+    manifest.write(study.workdir / "scores" / "text", {}, {})  # checksums alone: every start writes these files
 
 
 def _roles(study: Study) -> dict[str, Encoded]:
@@ -141,6 +142,8 @@ def _score(study: Study, run: Run, seed: int, roles: dict[str, Encoded], variant
     folder = study.folder(run, seed, "scores") / variant
     trained, source = _trained(study, run, seed)
     what = f"{run.name} seed {seed}" + ("" if variant == "plain" else f", {variant}")
+    if trained and variant == "plain" and processes.first():  # as small as it is, at every start
+        storage.copy(study.folder(run, seed) / "ledger.parquet", folder.parent / "ledger.parquet")
     other_half = variant.startswith("recall") and _trained_on_heldout(study, run)
     cut = windows_spec(study) if variant == "windows" else None
     own = ({"other_half": True} if other_half else {}) | ({"windows": dataclasses.asdict(cut)} if cut else {})
@@ -166,8 +169,6 @@ def _score(study: Study, run: Run, seed: int, roles: dict[str, Encoded], variant
                 bar.total += len(encoded) - plain
                 spec = dataclasses.replace(spec, row_length=max(spec.row_length, int(encoded.lengths.max())))
             scoring.score_role(model, encoded, role, folder, spec, study.mesh, metadata, bar)
-    if trained and variant == "plain" and processes.first():
-        storage.copy(study.folder(run, seed) / "ledger.parquet", folder.parent / "ledger.parquet")
     manifest.end(folder, inputs, facts)
 
 

@@ -22,10 +22,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import test_teacher_cache as cached
 import test_train as tiny
+from test_teacher_text import make as make_text
 from tqdm import tqdm
 
-from kd_jax import checkpoint, loop, manifest, sharding, storage
+from kd_jax import checkpoint, loop, manifest, sharding, storage, teacher_cache
 from kd_jax.checkpoint import Checkpoints
 from kd_jax.score import write_shards
 from kd_jax.transformer import Transformer
@@ -144,6 +146,63 @@ def test_a_damaged_shard_of_unfinished_work_is_scored_again(tmp_path, damage, mo
     assert made == [0, 4, 8] and everything(tmp_path / "cut") == everything(tmp_path / "whole")
 
 
+def test_work_whose_damaged_files_were_deleted_is_not_read_as_whole(tmp_path):
+    score_like(tmp_path / "scores")
+    (tmp_path / "scores" / "private-00001.parquet").unlink()
+    assert manifest.intact(tmp_path / "scores") is None  # and here the program is killed
+    with pytest.raises(manifest.Damaged, match="manifest.json: the stage that wrote it"):
+        manifest.check_below(tmp_path)
+    score_like(tmp_path / "scores")
+    manifest.check_below(tmp_path)
+
+
+def test_any_changed_byte_of_a_shard_of_unfinished_work_is_found(tmp_path):
+    """Checksums of pages cover neither names nor metadata; and files of older versions have no seal."""
+    path, rows = tmp_path / "x.parquet", pa.table({"example_id": ["a", "b"], "logp": [0.5, -1.0]})
+    storage.write_parquet(path, rows, {"run": "kd"})
+    good = path.read_bytes()
+    assert storage.whole(path, sealed=True) and storage.whole(path)
+    assert pq.read_table(path).equals(rows.replace_schema_metadata({"run": "kd"}), check_metadata=True)
+    taken = []
+    for place in range(len(good)):
+        flip(path, place)
+        assert not storage.whole(path, sealed=True), place
+        taken.append(storage.whole(path))
+        path.write_bytes(good)
+    assert any(taken), "or the seal would not be needed"
+    for size in range(0, len(good), 7):
+        path.write_bytes(good[:size])
+        assert not storage.whole(path, sealed=True)
+    pq.write_table(rows, path)
+    assert not storage.whole(path, sealed=True)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, flip_values])
+def test_damaged_teacher_text_of_unfinished_work_is_made_again(tmp_path, damage, caplog):
+    calls = []
+    with pytest.raises(KeyboardInterrupt):
+        make_text(tmp_path / "cut", [], fail_at=3)
+    damage(tmp_path / "cut" / "text-00000.parquet")
+    text = make_text(tmp_path / "cut", calls)
+    assert calls == [16, 16, 12] and "damaged: " in caplog.text and "text-00000.parquet" in caplog.text
+    assert text.fingerprint() == make_text(tmp_path / "whole", []).fingerprint()
+    assert everything(tmp_path / "cut") == everything(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_a_damaged_file_of_an_unfinished_teacher_cache_is_made_again(tmp_path, damage, monkeypatch, caplog):
+    monkeypatch.setattr(teacher_cache, "SHARD_BYTES", 60 * 24 * 4)
+    cached.build(tmp_path / "whole")
+    expected, save, made = everything(tmp_path / "whole"), teacher_cache._save, []
+    with killed_at(9, monkeypatch), pytest.raises(Killed):  # note, its copy, two shards; the third is not there yet
+        cached.build(tmp_path / "cut")
+    damage(tmp_path / "cut" / "hidden-00000.npy")
+    monkeypatch.setattr(teacher_cache, "_save", lambda path, array: made.append(path.name) or save(path, array))
+    cached.build(tmp_path / "cut")
+    assert made[:2] == ["hidden-00000.npy", "hidden-00002.npy"] and "hidden-00000.npy; made again" in caplog.text
+    assert everything(tmp_path / "cut") == expected
+
+
 def test_a_manifest_is_right_or_known_to_be_damaged(tmp_path):
     """Cut at any length or with any byte changed: the copy is used; where that is damaged too, a person is asked."""
     score_like(tmp_path)
@@ -248,6 +307,28 @@ def test_a_run_killed_at_every_operation_ends_the_same(whole, tmp_path, monkeypa
         damaged = folder / gone if gone == "trajectory" else folder / "best" / gone / "params" / "_METADATA"
         storage.rmtree(damaged)
         assert left(folder, fit(folder)) == expected
+
+
+@pytest.mark.parametrize("name", ["00000002.parquet", "00000004.parquet"])
+@pytest.mark.parametrize("damage", [flip_values, Path.unlink])
+def test_a_damaged_part_of_the_ledger_is_named_and_the_run_trained_again(whole, tmp_path, caplog, name, damage):
+    """Between the end of training and the summary; as flipped values they would be counted without a word."""
+    undisturbed, expected = whole
+    shutil.copytree(undisturbed, folder := tmp_path / "run")
+    damage(folder / "ledger" / name)
+    assert left(folder, fit(folder)) == expected
+    assert f"{folder / 'ledger' / name} is damaged or missing" in caplog.text
+
+
+@pytest.mark.parametrize("damage", [flip_values, Path.unlink])
+def test_a_damaged_part_of_the_ledger_of_a_run_in_training_is_found(whole, tmp_path, caplog, damage):
+    undisturbed, expected = whole
+    shutil.copytree(undisturbed, folder := tmp_path / "run")
+    storage.rmtree(folder / "checkpoints" / "4")
+    assert left(folder, fit(folder)) == expected and not caplog.text  # what is as it was is used
+    storage.rmtree(folder / "checkpoints" / "4")
+    damage(folder / "ledger" / "00000002.parquet")
+    assert left(folder, fit(folder)) == expected and "the run starts anew" in caplog.text
 
 
 STATE = {"a": np.arange(6.0).reshape(2, 3), "b": np.ones(3)}

@@ -63,5 +63,20 @@ def test_a_second_program_on_a_work_directory_is_refused(tmp_path):
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in tmp_path.iterdir())
 
 
+def test_what_killed_programs_left_is_deleted_by_who_alone_writes_there(tmp_path):
+    left = [tmp_path / "scores" / ".half.1.tmp", tmp_path / "report" / ".page.2.tmp"]
+    for path in left:
+        path.parent.mkdir()
+        path.write_text("x")
+    there = lambda: [path.exists() for path in left]
+    for stages, only, expected in (
+        (["train", "score"], "teacher", [True, True]),
+        (["train", "score"], "", [False, True]),
+        (["attack", "report"], "", [False, False]),
+    ):
+        [handle.close() for handle in locks.take(tmp_path, stages, only)]
+        assert there() == expected
+
+
 def test_a_bucket_has_no_lock():
     assert locks.take(epath.Path("gs://bucket/study"), ["train"]) == []

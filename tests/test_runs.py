@@ -112,6 +112,29 @@ def test_the_learning_rate_is_picked_once_by_dev_loss(study):
     assert chosen == first["params_fingerprint"]
 
 
+def test_damaged_parameters_are_loaded_by_no_stage(study):
+    params = study.workdir / "runs/students/best/seed0/params"
+    largest = max((p for p in params.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    kept = largest.read_bytes()
+    manifest.check.cache_clear()
+    largest.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    try:
+        with pytest.raises(manifest.Damaged, match=largest.name):
+            load_run(study, "students/best", 0)
+    finally:
+        largest.write_bytes(kept)
+    load_run(study, "students/best", 0)
+
+
+def test_a_damaged_tokenizer_is_trained_again(study, caplog):
+    path = study.workdir / "tokenizer" / "tokenizer.json"
+    kept = path.read_bytes()
+    path.write_bytes(kept[: len(kept) // 2])
+    again = open_study(study.config, study.workdir, study.mesh)
+    assert "tokenizer.json; made again" in caplog.text and path.read_bytes() == kept
+    assert again.data.tokenizer.fingerprint == study.data.tokenizer.fingerprint
+
+
 def test_selection_leaves_the_best_step(study):
     found = facts(study, "students/best")
     lines = (study.workdir / "runs/students/best/seed0/metrics.jsonl").read_text().splitlines()

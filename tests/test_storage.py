@@ -7,6 +7,7 @@ Storage are installed, one more test lets the libraries talk to that: gcsfs, ten
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -158,7 +159,31 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: done.append(os.fstat(handle).st_size))
     monkeypatch.setattr(os, "replace", lambda old, new: done.append((Path(old).name, Path(new).name)))
     storage.write_bytes(tmp_path / "x", b"12345")
-    assert done == [5, (".x.tmp", "x")]
+    assert done == [5, (done[1][0], "x")] and storage._is_temporary(done[1][0])
+
+
+def test_two_programs_that_write_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "x"
+    with storage.create(path) as first:
+        first.write(b"first, ")
+        first.flush()
+        storage.write_bytes(path, b"second")
+        first.write(b"whole")
+    assert path.read_bytes() == b"first, whole" and names(tmp_path) == ["x"]
+
+
+def test_a_folder_is_gone_at_once_and_what_is_left_of_it_later(tmp_path, monkeypatch):
+    for name in ("work/kept", "work/gone/a", "work/gone/b/c", "report/.page.1.tmp", "work/.half.2.tmp"):
+        storage.write_bytes(tmp_path / name, b"x")
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            storage.rmtree(tmp_path / "work" / "gone")
+    assert storage.files(tmp_path) == ["work/kept"] and not (tmp_path / "work" / "gone").exists()
+    storage.rmtree(tmp_path / "work" / "gone")
+    assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == 5
+    storage.sweep(tmp_path, but="report")
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"kept", ".page.1.tmp"}
 
 
 def test_tables_come_back_with_what_they_say_of_themselves(place):

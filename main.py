@@ -57,6 +57,7 @@ STAGES: dict[str, Callable[[Study], object]] = {
 }
 ALONE = ("attack", "report")  # need no accelerator: the first process does them when the others are gone
 LOOP = ("train", "score", "filter", "train", "score")  # where runs are trained without what a filter found
+PREEMPTED = "preempted: the same command continues from here"
 EXPECTED = (ConfigError, DataError, CheckpointError, TableError, StaleWork, FileNotFoundError, FloatingPointError)
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -121,12 +122,14 @@ def main(_: list[str]) -> None:
     except EXPECTED as error:
         processes.fail(f"error: {error}")
     except processes.Preempted:
-        processes.fail("preempted: the same command continues from here", processes.TRY_AGAIN)
+        processes.fail(PREEMPTED, processes.TRY_AGAIN)
     except KeyboardInterrupt:
         processes.fail("interrupted: the same command continues from the last checkpoint")
     except Exception as error:
         if message := storage.full(error, WORKDIR.value):
             processes.fail(f"error: {message}")
+        if processes.interrupted(error):
+            processes.fail(PREEMPTED, processes.TRY_AGAIN)
         if jax.distributed.is_initialized():
             processes.fail(traceback.format_exc())
         raise

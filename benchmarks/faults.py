@@ -154,7 +154,7 @@ def results(workdir: Path) -> dict[str, object]:
         elif path.suffix == ".parquet" and "/ledger/" not in name:
             table = pq.read_table(path)
             found[name] = (table.replace_schema_metadata(), table.schema.metadata)
-        elif path.name == "manifest.json" and path.parent.name.startswith("seed"):
+        elif path.name == "manifest.json" and name.startswith("runs/") and path.parent.name.startswith("seed"):
             facts = json.loads(path.read_text())["facts"]
             found[name] = {key: facts[key] for key in ("params_fingerprint", "selected_step", "dev", "grid")}
     return found

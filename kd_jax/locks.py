@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 
 WORK = {"train", "score", "shadow", "filter"}  # stages that write models and tables; the others write the report
 ALL, RUN, REPORT = ".lock", ".lock-run-{}", ".lock-report"
-SWEPT = {ALL: "", REPORT: "report"}  # folders that a lock on all of them covers
 
 
 def take(workdir: Path, stages: Sequence[str], only: str = "") -> list[TextIO]:
@@ -44,15 +43,15 @@ def _take_all(workdir: Path, stages: Sequence[str], only: str, held: list[TextIO
     if not storage.is_local(workdir):
         return ""
     workdir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    wanted = []
+    wanted = []  # name, mode, and folders that nobody else writes in while it is held
     if WORK & set(stages):
         # A program that works on all runs holds the first one alone; those of single runs share it.
-        wanted.append((ALL, fcntl.LOCK_SH if only else fcntl.LOCK_EX))
+        wanted.append((ALL, fcntl.LOCK_SH, ()) if only else (ALL, fcntl.LOCK_EX, ("",)))
         if only:
-            wanted.append((RUN.format(only.replace("/", ".")), fcntl.LOCK_EX))
+            wanted.append((RUN.format(only.replace("/", ".")), fcntl.LOCK_EX, (f"runs/{only}", f"scores/{only}")))
     if set(stages) - WORK:
-        wanted.append((REPORT, fcntl.LOCK_EX))
-    for name, mode in wanted:
+        wanted.append((REPORT, fcntl.LOCK_EX, ("report",)))
+    for name, mode, alone in wanted:
         handle = _open(workdir / name)
         try:
             fcntl.flock(handle, mode | fcntl.LOCK_NB)
@@ -64,8 +63,8 @@ def _take_all(workdir: Path, stages: Sequence[str], only: str, held: list[TextIO
         if mode == fcntl.LOCK_EX:
             _sign(handle)
         held.append(handle)
-        if mode == fcntl.LOCK_EX and name in SWEPT:  # nobody else is writing there
-            storage.sweep(workdir / SWEPT[name], but="report")
+        for folder in alone:
+            storage.sweep(workdir / folder, but="report")
     return ""
 
 

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import tempfile
 
 import numpy as np
 import pandas as pd
@@ -239,8 +240,10 @@ def _tokenizer(config: ConfigDict, public: pd.DataFrame, workdir: Path) -> token
         fingerprint = ""
         if processes.first():
             trained = tokenizer.load(spec, train_texts=texts)
-            with storage.local_copy(folder, write=True) as place:
+            with tempfile.TemporaryDirectory() as place:
                 trained.save(place)
+                for file in pathlib.Path(place).iterdir():  # whole or not at all: other programs may be reading it
+                    storage.write_bytes(folder / file.name, file.read_bytes())
             fingerprint = trained.fingerprint
         manifest.write(folder, inputs, {"fingerprint": fingerprint})
     with storage.local_copy(folder) as place:

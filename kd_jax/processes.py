@@ -126,11 +126,15 @@ def _ask(*_) -> None:
     if _patient:
         return
     signal.setitimer(signal.ITIMER_REAL, AGAIN)
-    error = sys.exception()
+    if not interrupted(sys.exception()):  # it is on its way, and what it passes closes its files undisturbed
+        raise Preempted
+
+
+def interrupted(error: BaseException | None) -> bool:
+    """Is an error Preempted, or one of what that interrupted?"""
     while error and not isinstance(error, Preempted):
         error = error.__context__
-    if not error:  # otherwise it is on its way, and what it passes closes its files: no second one interrupts that
-        raise Preempted
+    return error is not None
 
 
 @contextlib.contextmanager

@@ -271,7 +271,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _is_temporary(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".tmp")
+    return bool(re.fullmatch(r"\..+\.[0-9a-f-]{12,}\.tmp", name))
 
 
 def sweep(folder: Path, *, but: str) -> None:

@@ -142,8 +142,8 @@ def _score(study: Study, run: Run, seed: int, roles: dict[str, Encoded], variant
     folder = study.folder(run, seed, "scores") / variant
     trained, source = _trained(study, run, seed)
     what = f"{run.name} seed {seed}" + ("" if variant == "plain" else f", {variant}")
-    if trained and variant == "plain" and processes.first():  # as small as it is, at every start
-        storage.copy(study.folder(run, seed) / "ledger.parquet", folder.parent / "ledger.parquet")
+    if trained and variant == "plain":
+        _copy_ledger(study.folder(run, seed), trained, folder.parent)
     other_half = variant.startswith("recall") and _trained_on_heldout(study, run)
     cut = windows_spec(study) if variant == "windows" else None
     own = ({"other_half": True} if other_half else {}) | ({"windows": dataclasses.asdict(cut)} if cut else {})
@@ -170,6 +170,17 @@ def _score(study: Study, run: Run, seed: int, roles: dict[str, Encoded], variant
                 spec = dataclasses.replace(spec, row_length=max(spec.row_length, int(encoded.lengths.max())))
             scoring.score_role(model, encoded, role, folder, spec, study.mesh, metadata, bar)
     manifest.end(folder, inputs, facts)
+
+
+def _copy_ledger(source: storage.Path, trained: dict, target: storage.Path) -> None:
+    """A run's ledger, as its manifest says it is, beside its score tables; as small as it is, at every start."""
+    manifest.check(source, manifest.digest(trained))
+
+    def work() -> None:
+        storage.copy(source / "ledger.parquet", target / "ledger.parquet")
+
+    processes.once(work, f"ledger of {source}")
+    manifest.write(target, {}, {})  # its checksum
 
 
 def _continue(study: Study, run: Run, seed: int, roles: dict[str, Encoded]) -> None:

@@ -64,15 +64,17 @@ def test_a_second_program_on_a_work_directory_is_refused(tmp_path):
 
 
 def test_what_killed_programs_left_is_deleted_by_who_alone_writes_there(tmp_path):
-    left = [tmp_path / "scores" / ".half.1.tmp", tmp_path / "report" / ".page.2.tmp"]
+    places = ("runs/teacher", "scores/null", "report")
+    left = [tmp_path / place / ".half.0123456789ab.tmp" for place in places]
     for path in left:
-        path.parent.mkdir()
+        path.parent.mkdir(parents=True)
         path.write_text("x")
     there = lambda: [path.exists() for path in left]
     for stages, only, expected in (
-        (["train", "score"], "teacher", [True, True]),
-        (["train", "score"], "", [False, True]),
-        (["attack", "report"], "", [False, False]),
+        (["train", "score"], "students/kd", [True, True, True]),
+        (["train", "score"], "teacher", [False, True, True]),
+        (["train", "score"], "", [False, False, True]),
+        (["attack", "report"], "", [False, False, False]),
     ):
         [handle.close() for handle in locks.take(tmp_path, stages, only)]
         assert there() == expected

@@ -331,3 +331,13 @@ def test_processes_that_differ_are_refused(tmp_path):
     started = begin(workdir, 2, (2, 1, 1), LITTLE, own={1: ["--config.recipes.matched.lr=1e-3"]})
     assert [process.wait(timeout=300) for process in started] == [1, 1]
     assert "the processes differ in config" in said(workdir, 2)
+
+
+def test_an_error_of_what_a_signal_interrupted_is_told_from_others():
+    with pytest.raises(ValueError, match="not closed") as found:
+        try:
+            raise processes.Preempted
+        finally:
+            int("not closed")
+    assert processes.interrupted(found.value) and processes.interrupted(processes.Preempted())
+    assert not processes.interrupted(ValueError("of its own")) and not processes.interrupted(None)

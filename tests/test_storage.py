@@ -173,17 +173,24 @@ def test_two_programs_that_write_one_file_do_not_meet(tmp_path):
 
 
 def test_a_folder_is_gone_at_once_and_what_is_left_of_it_later(tmp_path, monkeypatch):
-    for name in ("work/kept", "work/gone/a", "work/gone/b/c", "report/.page.1.tmp", "work/.half.2.tmp"):
+    for name in (
+        "work/kept",
+        "work/gone/a",
+        "work/gone/b/c",
+        "report/.page.12-abcdef012345.tmp",
+        "work/.half.0123456789ab.tmp",
+        "work/.own.tmp",
+    ):
         storage.write_bytes(tmp_path / name, b"x")
     with monkeypatch.context() as killed:
         killed.setattr(shutil, "rmtree", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             storage.rmtree(tmp_path / "work" / "gone")
-    assert storage.files(tmp_path) == ["work/kept"] and not (tmp_path / "work" / "gone").exists()
+    assert storage.files(tmp_path) == ["work/.own.tmp", "work/kept"] and not (tmp_path / "work" / "gone").exists()
     storage.rmtree(tmp_path / "work" / "gone")
-    assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == 5
+    assert len([p for p in tmp_path.rglob("*") if p.is_file()]) == 6
     storage.sweep(tmp_path, but="report")
-    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"kept", ".page.1.tmp"}
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"kept", ".own.tmp", ".page.12-abcdef012345.tmp"}
 
 
 def test_tables_come_back_with_what_they_say_of_themselves(place):

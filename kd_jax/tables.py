@@ -173,14 +173,17 @@ def _score(study: Study, run: Run, seed: int, roles: dict[str, Encoded], variant
 
 
 def _copy_ledger(source: storage.Path, trained: dict, target: storage.Path) -> None:
-    """A run's ledger, as its manifest says it is, beside its score tables; as small as it is, at every start."""
+    """A run's ledger, as its manifest says it is, beside its score tables, with a checksum of its own."""
+    name, kept = "ledger.parquet", manifest.intact(target)
+    if processes.agree(bool(kept) and storage.digests(source, [name]) == kept["files"]):
+        return
     manifest.check(source, manifest.digest(trained))
 
     def work() -> None:
-        storage.copy(source / "ledger.parquet", target / "ledger.parquet")
+        storage.copy(source / name, target / name)
 
     processes.once(work, f"ledger of {source}")
-    manifest.write(target, {}, {})  # its checksum
+    manifest.write(target, {}, {})
 
 
 def _continue(study: Study, run: Run, seed: int, roles: dict[str, Encoded]) -> None:

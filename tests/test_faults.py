@@ -27,7 +27,7 @@ import test_train as tiny
 from test_teacher_text import make as make_text
 from tqdm import tqdm
 
-from kd_jax import checkpoint, loop, manifest, sharding, storage, teacher_cache
+from kd_jax import checkpoint, loop, manifest, sharding, storage, tables, teacher_cache
 from kd_jax.checkpoint import Checkpoints
 from kd_jax.score import write_shards
 from kd_jax.transformer import Transformer
@@ -201,6 +201,25 @@ def test_a_damaged_file_of_an_unfinished_teacher_cache_is_made_again(tmp_path, d
     cached.build(tmp_path / "cut")
     assert made[:2] == ["hidden-00000.npy", "hidden-00002.npy"] and "hidden-00000.npy; made again" in caplog.text
     assert everything(tmp_path / "cut") == expected
+
+
+def test_a_ledger_beside_its_scores_is_mended_and_a_damaged_one_not_copied(tmp_path):
+    run, scores = tmp_path / "run", tmp_path / "scores" / "kd" / "seed0"
+    storage.write_parquet(run / "ledger.parquet", pa.table({"times": [1, 2]}), {})
+    manifest.write(run, {}, {})
+    copy = lambda: tables._copy_ledger(run, manifest.read(run), scores)
+    copy()
+    good = (scores / "ledger.parquet").read_bytes()
+    flip(scores / "ledger.parquet")
+    with pytest.raises(manifest.Damaged, match="ledger.parquet"):
+        manifest.check_below(tmp_path / "scores")
+    copy()
+    assert (scores / "ledger.parquet").read_bytes() == good
+    flip(run / "ledger.parquet")
+    manifest.check.cache_clear()
+    with pytest.raises(manifest.Damaged, match="run/ledger.parquet"):
+        copy()
+    assert (scores / "ledger.parquet").read_bytes() == good
 
 
 def test_a_manifest_is_right_or_known_to_be_damaged(tmp_path):

@@ -274,6 +274,8 @@ processes.AGAIN = 0.1
 atexit.register(lambda: (time.sleep(0.3), print("ended", flush=True)))
 processes.watch()
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background programs ignore it
+
 def term(*_):
     gc.callbacks.clear()
     os.kill(os.getpid(), signal.SIGTERM)

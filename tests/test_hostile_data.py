@@ -80,7 +80,7 @@ BAD_TEXT = pa.Array.from_buffers(
         ("keys.jsonl", json.dumps({f"{SECRET} {i}": 1 for i in range(5000)}), "found: 5000 more"),
         ("task.json", '{"Definition": [1], "Instances": []}', "Definition must be a text"),
         ("empty.json", '{"instruction": "a", "instances": []}', "empty.json: no record has an instance"),
-        ("cut.jsonl.gz", gzip.compress(b"x" * 1000)[:-8], "broken gzip file"),
+        ("cut.jsonl.gz", gzip.compress(b"x" * 1000, mtime=0)[:-8], "broken gzip file"),
         ("none.jsonl.gz", SECRET.encode(), "broken gzip file"),
         ("junk.parquet", b"PAR1" + SECRET.encode() + b"PAR1", "not a Parquet file"),
         ("cut.parquet", PARQUET[:-9], "not a Parquet file"),
